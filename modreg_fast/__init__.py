@@ -1,0 +1,19 @@
+"""Fast, exact regularizers that keep multimodal networks from leaning on one modality."""
+
+from modreg_fast import functional
+from modreg_fast.backends import BackendStatus, backends, use_backend
+from modreg_fast.losses import AttributionDetails, AttributionLoss, FunctionalEntropyLoss, InformationDetails
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttributionDetails",
+    "AttributionLoss",
+    "BackendStatus",
+    "FunctionalEntropyLoss",
+    "InformationDetails",
+    "__version__",
+    "backends",
+    "functional",
+    "use_backend",
+]

@@ -1,0 +1,76 @@
+"""Checks of what users pass in. Every message names the function, the argument, what was expected and what came."""
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fail(function: str, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{function}: {argument} must be {expected}, got {got}")
+
+
+def shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def tensor(x: object, function: str, argument: str, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
+    """A plain strided tensor of an accepted dtype."""
+    if not isinstance(x, Tensor):
+        fail(function, argument, "a tensor", type(x).__name__, TypeError)
+    if hasattr(x, "device_mesh"):
+        fail(function, argument, "a plain tensor (take .to_local() and pass process_group=)", "a DTensor", TypeError)
+    if x.dtype not in dtypes:
+        fail(function, argument, " or ".join(str(d).removeprefix("torch.") for d in dtypes), x.dtype, TypeError)
+    if x.layout != torch.strided:
+        fail(function, argument, "a strided tensor", x.layout, TypeError)
+    return x
+
+
+def sequence(x: object, function: str, argument: str) -> Sequence:  # type: ignore[type-arg]
+    if not isinstance(x, Sequence) or isinstance(x, str):
+        fail(function, argument, "a list or tuple", type(x).__name__, TypeError)
+    if len(x) == 0:
+        fail(function, argument, "non-empty", "an empty sequence")
+    return x
+
+
+def modalities(x: object, function: str, argument: str) -> Mapping:  # type: ignore[type-arg]
+    if not isinstance(x, Mapping):
+        fail(function, argument, "a mapping from modality to tensors", type(x).__name__, TypeError)
+    if len(x) == 0:
+        fail(function, argument, "a mapping with at least one modality", "an empty one")
+    return x
+
+
+def feature(x: object, function: str, argument: str, channel_dim: int) -> Tensor:
+    """``(B, C, P)`` view (a copy only where the pixels have no common stride) of a feature tensor of any spatial shape."""
+    x = tensor(x, function, argument)
+    if x.dim() < 2:
+        fail(function, argument, "of shape (B, C, *spatial)", shape(x))
+    if not -x.dim() < channel_dim < x.dim() or channel_dim == 0:
+        fail(function, "channel_dim", f"a dimension of {argument} {shape(x)} other than the batch", channel_dim)
+    if x.numel() == 0:
+        fail(function, argument, "non-empty", f"shape {shape(x)}")
+    x = x.movedim(channel_dim, 1)
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
+def same(x: Tensor, other: Tensor, function: str, argument: str, reference: str) -> None:
+    """``x`` has the shape and the device of ``other``."""
+    if x.shape != other.shape:
+        fail(function, argument, f"of the shape {shape(other)} of {reference}", shape(x))
+    if x.device != other.device:
+        fail(function, argument, f"on the device {other.device} of {reference}", x.device)
+
+
+def number(x: object, function: str, argument: str, *, least: float = 0.0, positive: bool = False) -> float:
+    """A finite number that is at least ``least`` (above it, if ``positive``)."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        fail(function, argument, "a number", type(x).__name__, TypeError)
+    if not (x > least if positive else x >= least) or x == float("inf"):
+        fail(function, argument, f"a finite number {'above' if positive else 'of at least'} {least:g}", x)
+    return float(x)

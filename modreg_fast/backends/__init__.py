@@ -1,0 +1,93 @@
+"""Who computes. Each backend is a module that holds ``softmax_fisher`` and ``gradient_statistics``, each with ``forward`` and
+``backward`` of one signature (documented in ``backends/reference``), and ``status()``. A new backend is one folder and one line in
+``_REGISTRY``."""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend is usable here, and what it runs on or why it is not."""
+
+    available: bool
+    detail: str
+
+
+class _Entry(NamedTuple):
+    devices: tuple[str, ...] | None  # device types, None for any
+    module: str
+
+
+# In the order of preference.
+_REGISTRY = {
+    "cpu": _Entry(("cpu",), "modreg_fast.backends.cpu"),
+    "reference": _Entry(None, "modreg_fast.backends.reference"),
+}
+_MODULES: dict[str, ModuleType] = {name: importlib.import_module(entry.module) for name, entry in _REGISTRY.items()}
+_STATUS: dict[str, BackendStatus] = {name: BackendStatus(*module.status()) for name, module in _MODULES.items()}
+
+if not _STATUS["cpu"].available:
+    warnings.warn(f"modreg_fast computes in plain PyTorch on the CPU: {_STATUS['cpu'].detail}", RuntimeWarning, stacklevel=2)
+
+_override: str | None = None  # set by use_backend; a plain global, because torch.compile guards on it
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend with its :class:`BackendStatus`: usable here and on what, or why it is not. In the order of preference."""
+    return dict(_STATUS)
+
+
+def _require(name: str, source: str) -> str:
+    if name not in _REGISTRY:
+        raise ValueError(f"{source}: backend must be one of {', '.join(map(repr, _REGISTRY))}, got {name!r}")
+    if not _STATUS[name].available:
+        raise RuntimeError(f"{source}: backend {name!r} is not usable here: {_STATUS[name].detail}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every op called in this block runs on backend ``name``; process-wide, like the flags of ``torch.backends``.
+
+    An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The backward
+    pass of an op runs on the backend of its forward pass, wherever it is called.
+
+    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend that is not usable here."""
+    global _override
+    previous, _override = _override, _require(name, "use_backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def resolve(backend: str | None, tensor: Tensor, function: str) -> str:
+    """Who computes for ``tensor``: the argument, :func:`use_backend`, ``MODREG_FAST_BACKEND``, or the best for its device."""
+    device = tensor.device.type
+    name = backend or _override or _environment
+    if name is None:
+        for name, entry in _REGISTRY.items():
+            if _STATUS[name].available and (entry.devices is None or device in entry.devices):
+                return name
+    name = _require(str(name), function)
+    devices = _REGISTRY[name].devices
+    if devices is not None and device not in devices:
+        raise ValueError(f"{function}: backend {name!r} takes tensors on {' or '.join(devices)}, got one on {device}")
+    return name
+
+
+def implementation(backend: str, stem: str) -> ModuleType:
+    """``forward`` and ``backward`` of op ``stem`` on a backend."""
+    return getattr(_MODULES[backend], stem)
+
+
+_environment: str | None = os.environ.get("MODREG_FAST_BACKEND") or None
+if _environment is not None:
+    _require(_environment, "MODREG_FAST_BACKEND")

@@ -1,0 +1,28 @@
+"""Sums over the ranks of a process group, differentiable."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_ranks(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """The sum of ``x`` over the ranks of ``group``; ``x`` itself without a group. The gradient is summed over the ranks too, so that
+    under DDP, which averages over ranks, the parameters get the gradient that one process on the whole batch would compute."""
+    if group is None:
+        return x
+    return _SumOverRanks.apply(x, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):  # type: ignore[no-untyped-def]
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
