@@ -6,7 +6,7 @@ from torch import Tensor
 from modreg_fast.backends import implementation
 from modreg_fast.backends.reference import gradient_statistics as reference
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
-from modreg_fast.ops._double_backward import vector_jacobian_product
+from modreg_fast.ops._autograd import laid_out_like, vector_jacobian_product
 
 
 @torch.library.custom_op("modreg_fast::gradient_statistics", mutates_args=())
@@ -48,9 +48,10 @@ def gradient_statistics_backward(
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The gradients of ``grads``, ``features`` and ``values``; ``attribution`` is the forward result."""
-    return implementation(backend, "gradient_statistics").backward(
+    to_grads, to_features, to_values = implementation(backend, "gradient_statistics").backward(
         grad_fisher, grad_attribution, grad_fisher_maps, grad_attribution_maps, attribution, grads, features, values, masks, eps
     )
+    return laid_out_like(to_grads, grads), laid_out_like(to_features, features), laid_out_like(to_values, values)
 
 
 @gradient_statistics_backward.register_fake

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from modreg_fast.backends import implementation
 from modreg_fast.backends.reference import softmax_fisher as reference
-from modreg_fast.ops._double_backward import vector_jacobian_product
+from modreg_fast.ops._autograd import laid_out_like, vector_jacobian_product
 
 
 @torch.library.custom_op("modreg_fast::softmax_fisher", mutates_args=())
@@ -49,9 +49,10 @@ def softmax_fisher_backward(
 ) -> list[Tensor]:
     """The gradient of every feature from the gradient ``(M, S, B)`` of the information. Everything else is computed again from the
     inputs: the forward pass saves no tensor-sized value."""
-    return implementation(backend, "softmax_fisher").backward(
+    gradients = implementation(backend, "softmax_fisher").backward(
         grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps
     )
+    return laid_out_like(gradients, features)
 
 
 @softmax_fisher_backward.register_fake

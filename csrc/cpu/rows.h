@@ -1,0 +1,196 @@
+// Groups of pixels between memory and scratch. A group is two registers of pixels; scratch holds it as rows of one channel each, in
+// the accumulation type, whatever the layout and storage type of the tensor.
+#pragma once
+
+#include "../problem.h"
+#include "elementary.h"
+
+namespace mrf {
+namespace MRF_ISA {
+
+template <class T> constexpr int kGroup = 2 * kLanes<T>;
+
+// Which pixels of a group count.
+template <class T>
+struct Valid {
+  I<T> lanes[2];
+  int count;
+};
+
+template <class T>
+MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
+  typename IntegerOf<sizeof(T)>::type lane[kGroup<T>];
+  int count = 0;
+  for (int i = 0; i < kGroup<T>; ++i) {
+    const bool counts = i < pixels && (mask == nullptr || mask[i]);
+    lane[i] = counts ? -1 : 0;
+    count += counts;
+  }
+  Valid<T> valid;
+  __builtin_memcpy(valid.lanes, lane, sizeof lane);
+  valid.count = count;
+  return valid;
+}
+
+// Reads `pixels` (at most a group) of every channel into rows[c] and returns the maximum over the channels. Memory: each element once.
+template <class T, class Storage>
+__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows, V<T> (&top)[2]) {
+  constexpr int n = kLanes<T>, group = kGroup<T>;
+  if (view.pixel_stride == 1) {
+    for (int64_t c = 0; c < channels; ++c, p += view.channel_stride, rows += group) {
+      Storage tail[group];
+      const Storage* row = p;
+      if (pixels < group) {
+        for (int i = 0; i < group; ++i) tail[i] = i < pixels ? p[i] : Storage{};
+        row = tail;
+      }
+      for (int v = 0; v < 2; ++v) {
+        const V<T> x = Convert<T, Storage>::load(row + v * n);
+        top[v] = c == 0 ? x : maximum<T>(x, top[v]);
+        store<T>(rows + v * n, x);
+      }
+    }
+    return;
+  }
+  for (int v = 0; v < 2; ++v) {
+    const Storage* pixel = p + v * n * view.pixel_stride;
+    const int here = pixels - v * n;
+    for (int64_t c = 0; c < channels; c += n) {
+      V<T> block[n];
+      const bool whole = c + n <= channels;
+      for (int i = 0; i < n; ++i) {
+        Storage tail[n] = {};
+        const Storage* source = pixel + i * view.pixel_stride + c;
+        if (i >= here || !whole) {
+          if (i < here)
+            for (int64_t k = c; k < channels; ++k) tail[k - c] = source[k - c];
+          source = tail;
+        }
+        block[i] = Convert<T, Storage>::load(source);
+      }
+      transpose<T>(block);
+      const int count = whole ? n : int(channels - c);
+      for (int k = 0; k < count; ++k) {
+        top[v] = c + k == 0 ? block[k] : maximum<T>(block[k], top[v]);
+        store<T>(rows + (c + k) * group + v * n, block[k]);
+      }
+    }
+  }
+}
+
+// Writes rows[c] to `pixels` of every channel, around the caches where the alignment allows. Memory: each element once.
+template <class T, class Storage>
+__attribute__((noinline)) void scatter(Storage* p, const View& view, int64_t channels, int pixels, const T* rows) {
+  constexpr int n = kLanes<T>, group = kGroup<T>;
+  constexpr uintptr_t unaligned = n * sizeof(Storage) - 1;
+  if (view.pixel_stride == 1) {
+    const bool streams = pixels == group && !(uintptr_t(p) & unaligned) && !(view.channel_stride * sizeof(Storage) & unaligned);
+    for (int64_t c = 0; c < channels; ++c, p += view.channel_stride, rows += group) {
+      if (streams) {
+        for (int v = 0; v < 2; ++v) stream<T, Storage>(p + v * n, load<T>(rows + v * n));
+      } else {
+        Storage narrow[group];
+        for (int v = 0; v < 2; ++v) Convert<T, Storage>::store(narrow + v * n, load<T>(rows + v * n));
+        __builtin_memcpy(p, narrow, pixels * sizeof(Storage));
+      }
+    }
+    return;
+  }
+  const bool streams = !(uintptr_t(p) & unaligned) && !(view.pixel_stride * sizeof(Storage) & unaligned);
+  for (int v = 0; v < 2; ++v) {
+    Storage* pixel = p + v * n * view.pixel_stride;
+    const int here = pixels - v * n < n ? pixels - v * n : n;
+    for (int64_t c = 0; c < channels; c += n) {
+      const int count = c + n <= channels ? n : int(channels - c);
+      V<T> block[n];
+      for (int k = 0; k < n; ++k) block[k] = k < count ? load<T>(rows + (c + k) * group + v * n) : V<T>{};
+      transpose<T>(block);
+      for (int i = 0; i < here; ++i) {
+        Storage* target = pixel + i * view.pixel_stride + c;
+        if (streams && count == n) {
+          stream<T, Storage>(target, block[i]);
+        } else {
+          Storage narrow[n];
+          Convert<T, Storage>::store(narrow, block[i]);
+          __builtin_memcpy(target, narrow, count * sizeof(Storage));
+        }
+      }
+    }
+  }
+}
+
+// Calls f with a null pointer of the storage type; float64 is stored and computed as double, everything else computed as float.
+template <class T, class F>
+MRF_INLINE void with_storage(DType dtype, F f) {
+  if constexpr (sizeof(T) == 8) {
+    f((double*)nullptr);
+  } else {
+    if (dtype == DType::float32) f((float*)nullptr);
+    if (dtype == DType::bfloat16) f((bfloat16*)nullptr);
+    if (dtype == DType::float16) f((float16*)nullptr);
+  }
+}
+
+static inline int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+template <class T>
+inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, V<T> (&top)[2]) {
+  with_storage<T>(dtype, [&](auto* type) {
+    gather<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows, top);
+  });
+}
+
+template <class T>
+inline void scatter(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, const T* rows) {
+  with_storage<T>(dtype, [&](auto* type) {
+    scatter<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows);
+  });
+}
+
+// Brings the tile of the next unit into L2, a few cache lines at a time between the arithmetic on the present one: the hardware
+// prefetchers cannot follow one stream per channel. Row by row, each row (or contiguous block, channels last) line by line.
+class Prefetcher {
+ public:
+  static constexpr int line = 64;
+
+  void add(DType dtype, const View& view, const Unit& unit, int64_t channels) {
+    const int size = size_of(dtype);
+    const char* start = (const char*)view.data + (unit.sample * view.sample_stride + unit.begin * view.pixel_stride) * size;
+    const int64_t pixels = unit.end - unit.begin;
+    Block& block = blocks_[count_++];
+    if (view.pixel_stride == 1)
+      block = {start, channels, view.channel_stride * size, pixels * size};
+    else
+      block = {start, pixels, view.pixel_stride * size, channels * size};
+    lines_ += block.rows * ((block.bytes + line - 1) / line);
+  }
+
+  // Spreads what was added over `steps` calls of step().
+  void plan(int64_t steps) { per_step_ = steps > 0 ? int((lines_ + steps - 1) / steps) : 0; }
+
+  MRF_INLINE void step() {
+    for (int i = 0; i < per_step_; ++i) {
+      if (at_ == count_) return;
+      const Block& block = blocks_[at_];
+      prefetch(block.start + row_ * block.stride + offset_);
+      offset_ += line;
+      if (offset_ < block.bytes) continue;
+      offset_ = 0;
+      if (++row_ < block.rows) continue;
+      row_ = 0;
+      ++at_;
+    }
+  }
+
+ private:
+  struct Block {
+    const char* start;
+    int64_t rows, stride, bytes;
+  };
+  Block blocks_[kMaxModalities];
+  int count_ = 0, at_ = 0, per_step_ = 0;
+  int64_t lines_ = 0, row_ = 0, offset_ = 0;
+};
+
+}  // namespace MRF_ISA
+}  // namespace mrf

@@ -1,0 +1,308 @@
+// Registration of the raw ops modreg_fast_native::* on LibTorch's stable ABI, and the division of a call into units of work.
+//
+// The ops write into tensors that the caller allocated and have no autograd of their own; modreg_fast/backends/cpu.py prepares the
+// arguments (layouts, dtypes, sizes), so a failed check here means a call that did not come from there.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+using mrf::DType;
+using mrf::Tiling;
+using mrf::View;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: STD_TORCH_CHECK(false, "modreg_fast_native: unexpected dtype"); return DType::float32;
+  }
+}
+
+// (B, C, P), pixels or channels contiguous; a dimension of size 1 may have any stride.
+View view_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "modreg_fast_native: expected a (B, C, P) tensor on the CPU");
+  View view{x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+  if (x.size(2) == 1 && x.size(1) > 1 && view.channel_stride == 1) {
+    view.pixel_stride = x.size(1);  // channels last: never stepped by
+  } else if (x.size(2) == 1 || view.pixel_stride == 1) {
+    view.pixel_stride = 1;
+  } else {
+    STD_TORCH_CHECK(view.channel_stride == 1 || x.size(1) == 1, "modreg_fast_native: expected contiguous pixels or channels");
+    view.channel_stride = 1;
+  }
+  return view;
+}
+
+std::vector<View> views_of(const Tensors& tensors) {
+  std::vector<View> views;
+  for (const Tensor& x : tensors) views.push_back(view_of(x));
+  return views;
+}
+
+// (B, P), contiguous.
+View flat_view_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "modreg_fast_native: expected a contiguous tensor on the CPU");
+  return View{x.data_ptr(), 0, 0, 1};
+}
+
+std::vector<View> flat_views_of(const Tensors& tensors) {
+  std::vector<View> views;
+  for (const Tensor& x : tensors) views.push_back(flat_view_of(x));
+  return views;
+}
+
+std::vector<void*> pointers_of(const Tensors& tensors) {
+  std::vector<void*> pointers;
+  for (const Tensor& x : tensors) pointers.push_back(flat_view_of(x).data);
+  return pointers;
+}
+
+template <class T>
+const T* data_or_null(const std::vector<T>& v) {
+  return v.empty() ? nullptr : v.data();
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& x) {
+  return x.has_value() ? static_cast<const T*>(flat_view_of(*x).data) : nullptr;
+}
+
+// Bytes of all inputs of a tile: with the next tile on its way, two of them fit a 1 MiB L2.
+constexpr int64_t kTileBytes = 256 << 10;
+
+// Cuts tensors (one per tiling, `tensors_per_pixel` of its kind read together) into units; returns the number of units.
+int64_t divide(const Tensor* tensors, int count, const Tensors& masks, int tensors_per_pixel, int64_t most_pixels,
+               std::vector<Tiling>& tilings) {
+  int64_t units = 0;
+  for (int t = 0; t < count; ++t) {
+    const Tensor& x = tensors[t];
+    const int64_t channels = x.size(1), pixels = x.size(2);
+    const int64_t bytes_per_pixel = channels * tensors_per_pixel * int64_t(x.element_size());
+    // Multiples of 64 pixels: whole groups for every instruction set, and whole cache lines.
+    const int64_t tile = std::clamp<int64_t>(kTileBytes / bytes_per_pixel / 64 * 64, 64, most_pixels);
+    const int64_t tiles = (pixels + tile - 1) / tile;
+    const uint8_t* mask = masks.empty() ? nullptr : static_cast<const uint8_t*>(flat_view_of(masks[t]).data);
+    tilings.push_back({dtype_of(x), channels, pixels, tile, tiles, units, mask});
+    units += x.size(0) * tiles;
+  }
+  return units;
+}
+
+template <class Problem>
+void run(mrf::Kernel<Problem> kernel, const Problem& problem, int64_t scratch_bytes) {
+  int64_t next_unit = 0;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), problem.units);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const std::unique_ptr<char[]> memory(new char[scratch_bytes + 64]);
+    void* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+    kernel(problem, &next_unit, aligned);
+  });
+}
+
+// ---- softmax_fisher ----
+
+struct SoftmaxFisherCall {
+  std::vector<Tiling> tilings;
+  std::vector<View> features, gradients;
+  mrf::SoftmaxFisher problem{};
+  int64_t most_channels = 0;
+
+  SoftmaxFisherCall(const Tensors& inputs, const Tensors& masks, const std::optional<Tensor>& present, const std::vector<double>& sigma,
+                    int64_t draws, const std::optional<Tensor>& seed, double eps)
+      : features(views_of(inputs)) {
+    problem.modalities = int(sigma.size());
+    problem.scales = int(inputs.size() / sigma.size());
+    STD_TORCH_CHECK(problem.modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
+    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, 512, tilings);
+    problem.draws = int(draws);
+    problem.batch = inputs[0].size(0);
+    problem.tilings = tilings.data();
+    problem.features = features.data();
+    problem.present = data_or_null<uint8_t>(present);
+    problem.sigma = sigma.data();
+    problem.seed = seed.has_value() ? *data_or_null<uint64_t>(seed) : 0;
+    problem.eps = eps;
+    for (const Tiling& tiling : tilings) most_channels = std::max(most_channels, tiling.channels);
+  }
+
+  int64_t scratch_bytes(bool backward) const {
+    return mrf::softmax_fisher_rows(problem.modalities, backward) * most_channels * mrf::kRowBytes;
+  }
+};
+
+template <class T>
+void write_information(const mrf::SoftmaxFisher& problem, T* information, int64_t* counts) {
+  for (int s = 0; s < problem.scales; ++s) {
+    const Tiling& tiling = problem.tilings[s];
+    for (int64_t b = 0; b < problem.batch; ++b) {
+      const int64_t first = tiling.first_unit + b * tiling.tiles;
+      int64_t count = 0;
+      for (int64_t u = first; u < first + tiling.tiles; ++u) count += problem.valid[u];
+      counts[s * problem.batch + b] = count;
+      for (int m = 0; m < problem.modalities; ++m) {
+        double sum = 0;
+        for (int64_t u = first; u < first + tiling.tiles; ++u) sum += problem.partial[u * problem.modalities + m];
+        information[(m * problem.scales + s) * problem.batch + b] = T(count ? sum / (double(count) * problem.draws) : 0);
+      }
+    }
+  }
+}
+
+void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma, int64_t draws,
+                            std::optional<Tensor> seed, double eps, Tensor information, Tensor counts) {
+  SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
+  std::vector<double> partial(call.problem.units * call.problem.modalities);
+  std::vector<int64_t> valid(call.problem.units);
+  call.problem.partial = partial.data();
+  call.problem.valid = valid.data();
+  run(mrf::instruction_set().kernels->softmax_fisher_forward, call.problem, call.scratch_bytes(false));
+  auto* out_counts = static_cast<int64_t*>(flat_view_of(counts).data);
+  void* out = flat_view_of(information).data;
+  if (dtype_of(information) == DType::float64)
+    write_information(call.problem, static_cast<double*>(out), out_counts);
+  else
+    write_information(call.problem, static_cast<float*>(out), out_counts);
+}
+
+// weight (M, S, B): upstream gradient / (valid pixels * draws), float64.
+void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma,
+                             int64_t draws, std::optional<Tensor> seed, bool detach_reference, double eps, Tensors gradients) {
+  SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
+  call.gradients = views_of(gradients);
+  call.problem.gradients = call.gradients.data();
+  call.problem.weight = static_cast<const double*>(flat_view_of(weight).data);
+  call.problem.detach_reference = detach_reference;
+  run(mrf::instruction_set().kernels->softmax_fisher_backward, call.problem, call.scratch_bytes(true));
+}
+
+// ---- gradient_statistics ----
+
+struct GradientStatisticsCall {
+  std::vector<Tiling> tilings;
+  std::vector<View> grads, features, values;
+  mrf::GradientStatistics problem{};
+  int64_t scratch_bytes = 0;
+
+  GradientStatisticsCall(const Tensors& g, const Tensors& e, const Tensors& f, const Tensors& masks, double eps)
+      : grads(views_of(g)), features(views_of(e)), values(flat_views_of(f)) {
+    problem.tensors = int(g.size());
+    problem.batch = g[0].size(0);
+    problem.units = divide(g.data(), problem.tensors, masks, e.empty() ? 1 : 2, 2048, tilings);
+    problem.tilings = tilings.data();
+    problem.grads = grads.data();
+    problem.features = data_or_null(features);
+    problem.values = data_or_null(values);
+    problem.eps = eps;
+    for (const Tiling& tiling : tilings)
+      scratch_bytes = std::max<int64_t>(scratch_bytes, mrf::kGradientStatisticsRows * (tiling.tile + 64) * int64_t(sizeof(double)));
+  }
+};
+
+template <class T>
+void write_statistics(const mrf::GradientStatistics& problem, T* fisher, T* attribution) {
+  for (int k = 0; k < problem.tensors; ++k) {
+    const Tiling& tiling = problem.tilings[k];
+    for (int64_t b = 0; b < problem.batch; ++b) {
+      double fisher_sum = 0, square_sum = 0;
+      int64_t count = 0;
+      const int64_t first = tiling.first_unit + b * tiling.tiles;
+      for (int64_t u = first; u < first + tiling.tiles; ++u) {
+        fisher_sum += problem.partial[2 * u];
+        square_sum += problem.partial[2 * u + 1];
+        count += problem.valid[u];
+      }
+      if (problem.values) fisher[k * problem.batch + b] = T(count ? fisher_sum / double(count) : 0);
+      if (problem.features) attribution[k * problem.batch + b] = T(std::sqrt(square_sum));
+    }
+  }
+}
+
+void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensor fisher,
+                                 Tensor attribution, Tensors fisher_maps, Tensors attribution_maps) {
+  GradientStatisticsCall call(grads, features, values, masks, eps);
+  std::vector<double> partial(call.problem.units * 2);
+  std::vector<int64_t> valid(call.problem.units);
+  const std::vector<void*> maps = pointers_of(fisher_maps), more_maps = pointers_of(attribution_maps);
+  call.problem.partial = partial.data();
+  call.problem.valid = valid.data();
+  call.problem.fisher_maps = data_or_null(maps);
+  call.problem.attribution_maps = data_or_null(more_maps);
+  run(mrf::instruction_set().kernels->gradient_statistics_forward, call.problem, call.scratch_bytes);
+  void *to_fisher = flat_view_of(fisher).data, *to_attribution = flat_view_of(attribution).data;
+  if (dtype_of(fisher) == DType::float64)
+    write_statistics(call.problem, static_cast<double*>(to_fisher), static_cast<double*>(to_attribution));
+  else
+    write_statistics(call.problem, static_cast<float*>(to_fisher), static_cast<float*>(to_attribution));
+}
+
+// fisher_weight, attribution_weight (K, B), float64: upstream gradient / valid pixels, and upstream gradient / (2 attribution).
+void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensors fisher_map_grads, Tensors attribution_map_grads,
+                                  Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensors to_grads,
+                                  Tensors to_features, Tensors to_values) {
+  GradientStatisticsCall call(grads, features, values, masks, eps);
+  const std::vector<View> dg = views_of(to_grads), de = views_of(to_features), df = flat_views_of(to_values);
+  const std::vector<void*> maps = pointers_of(fisher_map_grads), more_maps = pointers_of(attribution_map_grads);
+  call.problem.fisher_weight = static_cast<const double*>(flat_view_of(fisher_weight).data);
+  call.problem.attribution_weight = static_cast<const double*>(flat_view_of(attribution_weight).data);
+  call.problem.fisher_map_grads = data_or_null(maps);
+  call.problem.attribution_map_grads = data_or_null(more_maps);
+  call.problem.to_grads = dg.data();
+  call.problem.to_features = data_or_null(de);
+  call.problem.to_values = data_or_null(df);
+  run(mrf::instruction_set().kernels->gradient_statistics_backward, call.problem, call.scratch_bytes);
+}
+
+std::string cpu_instruction_set() { return mrf::instruction_set().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(modreg_fast_native, m) {
+  m.def(
+      "softmax_fisher_forward(Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int draws, Tensor? seed, float eps, "
+      "Tensor(a!) information, Tensor(b!) counts) -> ()");
+  m.def(
+      "softmax_fisher_backward(Tensor weight, Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int draws, Tensor? seed, "
+      "bool detach_reference, float eps, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "gradient_statistics_forward(Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, Tensor(a!) fisher, "
+      "Tensor(b!) attribution, Tensor(c!)[] fisher_maps, Tensor(d!)[] attribution_maps) -> ()");
+  m.def(
+      "gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensor[] fisher_map_grads, "
+      "Tensor[] attribution_map_grads, Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, "
+      "Tensor(a!)[] to_grads, Tensor(b!)[] to_features, Tensor(c!)[] to_values) -> ()");
+  m.def("cpu_instruction_set() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CPU, m) {
+  m.impl("softmax_fisher_forward", TORCH_BOX(&softmax_fisher_forward));
+  m.impl("softmax_fisher_backward", TORCH_BOX(&softmax_fisher_backward));
+  m.impl("gradient_statistics_forward", TORCH_BOX(&gradient_statistics_forward));
+  m.impl("gradient_statistics_backward", TORCH_BOX(&gradient_statistics_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
+}
+
+// `import modreg_fast._native` loads the library, which registers the ops.
+PyMODINIT_FUNC PyInit__native(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

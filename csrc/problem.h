@@ -1,0 +1,100 @@
+// What the binding hands to a kernel: raw pointers, element strides and the division of the work into units. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace mrf {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// (B, C, P) in memory; strides in elements. Either the pixels are contiguous (pixel_stride 1) or the channels are (channel_stride 1).
+struct View {
+  void* data = nullptr;
+  int64_t sample_stride = 0, channel_stride = 0, pixel_stride = 0;
+};
+
+// A run of tensors of one shape whose tiles are units of work: a scale of softmax_fisher, a tensor of gradient_statistics.
+struct Tiling {
+  DType dtype;
+  int64_t channels, pixels;
+  int64_t tile;        // pixels per unit
+  int64_t tiles;       // units per sample
+  int64_t first_unit;  // of this tiling; unit = first_unit + sample * tiles + tile index
+  const uint8_t* mask = nullptr;  // (B, P) or null: every pixel counts
+};
+
+struct Unit {
+  int tiling;
+  int64_t sample, begin, end;  // pixels [begin, end)
+};
+
+// Static, not inline: every instruction set must keep a copy of its own.
+static inline Unit locate(const Tiling* tilings, int count, int64_t unit) {
+  int t = count - 1;
+  while (tilings[t].first_unit > unit) --t;
+  const int64_t local = unit - tilings[t].first_unit, begin = local % tilings[t].tiles * tilings[t].tile;
+  const int64_t end = begin + tilings[t].tile;
+  return {t, local / tilings[t].tiles, begin, end < tilings[t].pixels ? end : tilings[t].pixels};
+}
+
+constexpr int kMaxModalities = 64;
+
+struct SoftmaxFisher {
+  int modalities, scales, draws;
+  int64_t batch, units;
+  const Tiling* tilings;      // [scales]
+  const View* features;       // [modalities * scales], modality first
+  const View* gradients;      // the same, backward only
+  const uint8_t* present;     // (B, M) or null
+  const double* sigma;        // [modalities]
+  uint64_t seed;
+  double eps;
+  bool detach_reference;
+  const double* weight;       // (M, S, B), backward only: upstream gradient / (valid pixels * draws)
+  double* partial;            // [units][modalities], forward only: sum of I over the valid pixels and draws of a unit
+  int64_t* valid;             // [units], forward only: valid pixels
+};
+
+struct GradientStatistics {
+  int tensors;
+  int64_t batch, units;
+  const Tiling* tilings;          // [tensors]
+  const View* grads;              // [tensors]
+  const View* features;           // [tensors] or null
+  const View* values;             // [tensors] or null; (B, P) contiguous
+  double eps;
+  // Forward.
+  double* partial;                // [units][2]: sums of the Fisher and of the squared attribution terms
+  int64_t* valid;                 // [units]
+  void* const* fisher_maps;       // [tensors] or null; (B, P) in the accumulation type
+  void* const* attribution_maps;  // [tensors] or null
+  // Backward. The weights of sum_c g^2 / (f + eps) and of sum_c (g e)^2 in the objective, per sample, and per pixel where maps are used.
+  const double* fisher_weight;       // [tensors][B]
+  const double* attribution_weight;  // [tensors][B]
+  void* const* fisher_map_grads;       // [tensors] or null
+  void* const* attribution_map_grads;  // [tensors] or null
+  const View* to_grads;               // [tensors]
+  const View* to_features;            // [tensors] or null
+  const View* to_values;              // [tensors] or null
+};
+
+// A kernel runs units until none is left. Every thread calls it at once, with one shared counter that starts at 0 and with scratch
+// memory of its own, aligned to 64 bytes.
+template <class Problem>
+using Kernel = void (*)(const Problem&, int64_t* next_unit, void* scratch);
+
+struct Kernels {
+  Kernel<SoftmaxFisher> softmax_fisher_forward, softmax_fisher_backward;
+  Kernel<GradientStatistics> gradient_statistics_forward, gradient_statistics_backward;
+};
+
+// Bytes of a scratch row of softmax_fisher, one channel of a group of pixels: two of the largest registers.
+constexpr int64_t kRowBytes = 128;
+
+// Scratch of softmax_fisher, in rows per channel.
+constexpr int64_t softmax_fisher_rows(int modalities, bool backward) { return 4 + (backward ? 2 * modalities : modalities); }
+
+// Scratch of gradient_statistics: four numbers per pixel of a tile.
+constexpr int kGradientStatisticsRows = 4;
+
+}  // namespace mrf

@@ -1,0 +1,85 @@
+"""``gradient_statistics`` by the native kernels. Signatures and definitions: ``backends/reference/gradient_statistics.py``."""
+
+import torch
+from torch import Tensor
+
+from modreg_fast.backends.cpu.softmax_fisher import readable
+from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
+
+
+def _prepared(
+    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """What the kernels read: gradient and feature in one layout, values in the accumulation type of their tensor."""
+    grads = [readable(g) for g in grads]
+    features = [_in_layout_of(g, e) for g, e in zip(grads, features, strict=True)] if features else []
+    values = [f.to(accumulation_dtype([g])).contiguous() for g, f in zip(grads, values, strict=True)] if values else []
+    return grads, features, values, [m.contiguous() for m in masks]
+
+
+def _in_layout_of(g: Tensor, e: Tensor) -> Tensor:
+    pixels_contiguous = g.stride(2) == 1
+    if e.stride(2 if pixels_contiguous else 1) == 1:
+        return e
+    return e.contiguous() if pixels_contiguous else e.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def forward(
+    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, maps: bool
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    dtype = accumulation_dtype([*grads, *features, *values])
+    batch = grads[0].shape[0]
+    fisher = grads[0].new_empty((len(values), batch), dtype=dtype)
+    attribution = grads[0].new_empty((len(features), batch), dtype=dtype)
+    grads, features, values, masks = _prepared(grads, features, values, masks)
+
+    def empty_maps(inputs: list[Tensor]) -> list[Tensor]:
+        return [g.new_empty((batch, g.shape[2]), dtype=accumulation_dtype([g])) for g in grads] if maps and inputs else []
+
+    fisher_maps, attribution_maps = empty_maps(values), empty_maps(features)
+    torch.ops.modreg_fast_native.gradient_statistics_forward(
+        grads, features, values, masks, eps, fisher, attribution, fisher_maps, attribution_maps
+    )
+    return fisher, attribution, [x.to(dtype) for x in fisher_maps], [x.to(dtype) for x in attribution_maps]
+
+
+def backward(
+    grad_fisher: Tensor,
+    grad_attribution: Tensor,
+    grad_fisher_maps: list[Tensor],
+    grad_attribution_maps: list[Tensor],
+    attribution: Tensor,
+    grads: list[Tensor],
+    features: list[Tensor],
+    values: list[Tensor],
+    masks: list[Tensor],
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    value_dtypes = [f.dtype for f in values]
+    grads, features, values, masks = _prepared(grads, features, values, masks)
+    if masks:
+        counts = torch.stack([m.sum(1) for m in masks]).clamp(min=1)
+    else:
+        counts = torch.tensor([[g.shape[2]] for g in grads])
+    attribution = attribution.double()
+    attribution_weight = torch.where(attribution == 0, 0, grad_attribution.double() / (2 * attribution))
+
+    def map_grads(maps: list[Tensor]) -> list[Tensor]:
+        return [x.to(accumulation_dtype([g])).contiguous() for g, x in zip(grads, maps, strict=True)] if maps else []
+
+    to_grads, to_features, to_values = ([torch.empty_like(x) for x in tensors] for tensors in (grads, features, values))
+    torch.ops.modreg_fast_native.gradient_statistics_backward(
+        (grad_fisher.double() / counts if values else grad_fisher.double()).contiguous(),
+        attribution_weight.contiguous(),
+        map_grads(grad_fisher_maps),
+        map_grads(grad_attribution_maps),
+        grads,
+        features,
+        values,
+        masks,
+        eps,
+        to_grads,
+        to_features,
+        to_values,
+    )
+    return to_grads, to_features, [x.to(dtype) for x, dtype in zip(to_values, value_dtypes, strict=True)]

@@ -1,0 +1,57 @@
+"""``softmax_fisher`` by the native kernels. Signatures and definitions: ``backends/reference/softmax_fisher.py``."""
+
+import torch
+from torch import Tensor
+
+from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
+
+_MOST_MODALITIES = 64
+
+
+def readable(x: Tensor) -> Tensor:
+    """``(B, C, P)`` with contiguous pixels or contiguous channels: ``x`` itself, or a contiguous copy."""
+    in_place = x.stride(2) == 1 or x.stride(1) == 1 or x.shape[2] == 1 or x.shape[1] == 1
+    return x if in_place else x.contiguous()
+
+
+def forward(
+    features: list[Tensor], masks: list[Tensor], present: Tensor | None, sigma: list[float], samples: int, seed: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    if len(sigma) > _MOST_MODALITIES:
+        raise ValueError(f"softmax_fisher: backend 'cpu' takes at most {_MOST_MODALITIES} modalities, got {len(sigma)}")
+    batch, scales = features[0].shape[0], len(features) // len(sigma)
+    information = features[0].new_empty((len(sigma), scales, batch), dtype=accumulation_dtype(features))
+    counts = features[0].new_empty((scales, batch), dtype=torch.int64)
+    torch.ops.modreg_fast_native.softmax_fisher_forward(
+        [readable(x) for x in features], _contiguous(masks), _flat(present), sigma, samples, seed, eps, information, counts
+    )
+    return information, counts
+
+
+def backward(
+    grad: Tensor,
+    counts: Tensor,
+    features: list[Tensor],
+    masks: list[Tensor],
+    present: Tensor | None,
+    sigma: list[float],
+    samples: int,
+    seed: Tensor | None,
+    detach_reference: bool,
+    eps: float,
+) -> list[Tensor]:
+    features = [readable(x) for x in features]
+    gradients = [torch.empty_like(x) for x in features]
+    weight = (grad.double() / (counts.clamp(min=1) * samples)).contiguous()
+    torch.ops.modreg_fast_native.softmax_fisher_backward(
+        weight, features, _contiguous(masks), _flat(present), sigma, samples, seed, detach_reference, eps, gradients
+    )
+    return gradients
+
+
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.contiguous() for x in tensors]
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

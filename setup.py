@@ -1,0 +1,111 @@
+"""Builds the native extension with ninja: each kernel source once per instruction set, then the binding on LibTorch's stable ABI.
+
+Without a compiler the package still installs, and modreg_fast.backends() says why the native backend is missing.
+
+Environment: MODREG_FAST_SKIP_NATIVE=1 builds no native code; MODREG_FAST_BUILD_HARNESS=1 also builds the development harness of the
+inner functions (pybind11, for the tests); CXX names the compiler; MAX_JOBS limits the parallel compilations.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+KERNELS = ("softmax_fisher", "gradient_statistics")
+INSTRUCTION_SETS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
+    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+
+# -Wno-psabi and -Wno-maybe-uninitialized: GCC's own notes on vector arguments and on its intrinsics headers.
+FLAGS = "-std=c++17 -O3 -g0 -fPIC -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno -fno-trapping-math"
+STABLE_ABI = "-DPy_LIMITED_API=0x030A0000 -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY"
+
+
+class Ninja:
+    """A build.ninja file in the making."""
+
+    def __init__(self, directory: Path, compiler: str) -> None:
+        self.directory = directory
+        self.lines = [
+            f"cxx = {compiler}",
+            f"flags = {FLAGS}",
+            "rule compile\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule link\n  command = $cxx -shared $in -o $out $extra",
+        ]
+
+    def compile(self, source: str, name: str, extra: str) -> str:
+        self.lines.append(f"build {name}.o: compile {ROOT / 'csrc' / source}\n  extra = {extra}")
+        return f"{name}.o"
+
+    def link(self, objects: list[str], target: Path, extra: str = "") -> None:
+        self.lines.append(f"build {target}: link {' '.join(objects)}\n  extra = {extra}")
+
+    def run(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["ninja", "-C", str(self.directory), *(["-j", jobs] if jobs else [])], check=True)
+
+
+def cpu_objects(ninja: Ninja) -> list[str]:
+    objects = [ninja.compile("cpu/dispatch.cpp", "dispatch", "")]
+    for isa, flags in INSTRUCTION_SETS.items():
+        objects += [ninja.compile(f"cpu/{stem}.cpp", f"{stem}.{isa}", f"-DMRF_ISA={isa} {flags}") for stem in KERNELS]
+    return objects
+
+
+def build_native(ninja: Ninja, target: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = " ".join(f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")])
+    binding = ninja.compile("module.cpp", "module", f"{includes} {STABLE_ABI}")
+    libraries = " ".join(f"-L{path}" for path in library_paths())
+    ninja.link([binding, *cpu_objects(ninja)], target, f"{libraries} -ltorch -ltorch_cpu -lc10")
+
+
+def build_harness(ninja: Ninja, target: Path) -> None:
+    import pybind11
+
+    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    objects = [ninja.compile("harness/module.cpp", "harness", includes)]
+    for isa, flags in INSTRUCTION_SETS.items():
+        objects.append(ninja.compile("harness/inner.cpp", f"inner.{isa}", f"-DMRF_ISA={isa} {flags} {includes}"))
+    ninja.link(objects, target)
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        reason = (ROOT / "modreg_fast" if self.inplace else target.parent) / "_native_missing.txt"
+        compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+        try:
+            if compiler is None:
+                raise RuntimeError("no C++ compiler was found when it was installed")
+            ninja = Ninja(Path(self.build_temp).absolute() / ext.name, compiler)
+            (build_harness if ext.name.endswith("_harness") else build_native)(ninja, target)
+            ninja.run()
+            reason.unlink(missing_ok=True)
+        except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+            print(f"WARNING: {ext.name} was not built, the package works without it: {error}")
+            reason.write_text(f"the native extension was not built: {error}; install a C++17 compiler and install again\n")
+
+
+names = []
+if os.environ.get("MODREG_FAST_SKIP_NATIVE") != "1":
+    names.append("modreg_fast._native")
+    if os.environ.get("MODREG_FAST_BUILD_HARNESS") == "1":
+        names.append("modreg_fast._native_harness")
+
+setup(
+    ext_modules=[Extension(name, [], py_limited_api=not name.endswith("_harness"), optional=True) for name in names],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if names else {},
+)
