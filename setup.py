@@ -76,7 +76,8 @@ def build_harness(ninja: Ninja, target: Path) -> None:
     includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     objects = [ninja.compile("harness/module.cpp", "harness", includes)]
     for isa, flags in INSTRUCTION_SETS.items():
-        objects.append(ninja.compile("harness/inner.cpp", f"inner.{isa}", f"-DMRF_ISA={isa} {flags} {includes}"))
+        objects.append(ninja.compile("harness/inner.cpp", f"inner.{isa}", f"-DMRF_ISA={isa} {flags}"))
+        objects.append(ninja.compile("cpu/softmax_fisher.cpp", f"softmax_fisher.{isa}", f"-DMRF_ISA={isa} {flags}"))
     ninja.link(objects, target)
 
 

@@ -123,8 +123,8 @@ class Group {
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < 2; ++v) {
         const int64_t i = c * width + v * n;
-        const V<T> p = load<T>(e_p() + i) * s.inverse_sum[v];
-        const V<T> d = p - load<T>(e_reference() + i) * inverse_reference_[v];
+        const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
+        const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
         s.n[v] += d * d;
         s.pd[v] += p * d;
       }
@@ -147,8 +147,8 @@ class Group {
     for (int64_t c = 0; c < channels_; ++c)
       for (int v = 0; v < 2; ++v) {
         const int64_t i = c * width + v * n;
-        const V<T> p = load<T>(e_p() + i) * s.inverse_sum[v];
-        const V<T> d = p - load<T>(e_reference() + i) * inverse_reference_[v];
+        const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
+        const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
         V<T> own = a[v] * p * (d - s.pd[v]) - b[v] * d;
         V<T> bracket = b[v] * (load<T>(y + i) - log_shift[v]) - a[v] * d;
         if (!first_draw) own += load<T>(gradient + i);

@@ -47,6 +47,17 @@ template <class T> MRF_INLINE void store(T* p, V<T> x) { *reinterpret_cast<typen
 template <class T> MRF_INLINE V<T> select(I<T> mask, V<T> a, V<T> b) { return mask ? a : b; }
 template <class T> MRF_INLINE V<T> maximum(V<T> a, V<T> b) { return a > b ? a : b; }  // b where either is NaN
 
+// Keeps the compiler from fusing a product into the sum that it enters, where equal products must cancel to 0.
+template <class T>
+MRF_INLINE V<T> rounded(V<T> product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 template <class T>
 MRF_INLINE T sum_of_lanes(V<T> x) {  // in a fixed order
   T lanes[kLanes<T>];

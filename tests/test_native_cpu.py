@@ -1,0 +1,104 @@
+"""What only the native CPU backend promises: the same bits for any number of threads, no temporaries, every instruction set, 64 bits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import modreg_fast as mrf
+from modreg_fast import functional as F
+
+
+def calls():
+    """Both ops, forward and backward, over several scales with masks; all results in one list."""
+    torch.manual_seed(0)
+    shapes = [(2, 48, 61, 67), (2, 64, 16, 16), (2, 130, 5, 3)]
+    features = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(3)]
+    mask = torch.rand(2, 61, 67) > 0.3
+    information = F.softmax_fisher_information(features, mask=mask, sigma=0.3, samples=2, seed=5, backend="cpu")
+    leaves = [x for row in features for x in row]
+    gradients = torch.autograd.grad(information, leaves, torch.rand_like(information))
+    values = [torch.rand(s[0], *s[2:]) for s in shapes]
+    statistics = F.gradient_statistics(features[0], features[1], values, mask=mask, maps=True, backend="cpu")
+    more = torch.autograd.grad(statistics.fisher.sum() + statistics.attribution.sum(), [*features[0], *features[1]])
+    return [information, *gradients, statistics.fisher, statistics.attribution, *statistics.fisher_maps, *more]
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("restore_threads")
+def test_same_bits_for_any_number_of_threads():
+    torch.set_num_threads(1)
+    expected = calls()
+    for threads in (1, 2, 3, 7, 2):
+        torch.set_num_threads(threads)
+        for x, y in zip(calls(), expected, strict=True):
+            assert torch.equal(x.view(torch.int32), y.view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "baseline"])
+def test_every_instruction_set_of_this_processor_gives_the_reference(name):
+    """In a process of its own, because the choice is made once."""
+    script = (
+        "import json, sys; sys.path.insert(0, 'tests')\n"
+        "import torch, modreg_fast as mrf\n"
+        "import test_native_cpu as t, modreg_fast.functional as F\n"
+        "ours = t.calls()\n"
+        "F.resolve = lambda *_: 'reference'\n"
+        "reference = t.calls()\n"
+        "errors = [float((x - y).double().norm() / y.double().norm()) for x, y in zip(ours, reference)]\n"
+        "print(json.dumps([mrf.backends()['cpu'].detail, errors]))\n"
+    )
+    environment = dict(os.environ, MODREG_FAST_INSTRUCTION_SET=name)
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    detail, errors = json.loads(run.stdout.splitlines()[-1])
+    harness = pytest.importorskip("modreg_fast._native_harness")
+    assert detail.endswith(name) == (name in harness.instruction_sets())
+    assert max(errors) < 2e-5
+
+
+def test_forward_allocates_no_tensor_and_backward_only_the_gradients():
+    x = [[torch.randn(2, 64, 64, 64, requires_grad=True)] for _ in range(2)]
+    size = x[0][0].numel() * 4
+
+    def allocated(function):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = function()
+        return result, sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
+
+    information, forward = allocated(lambda: F.softmax_fisher_information(x, backend="cpu"))
+    assert forward < 0.01 * size
+    leaves = [row[0] for row in x]
+    _, backward = allocated(lambda: torch.autograd.grad(information.sum(), leaves))
+    assert backward < 2 * size * 1.01
+
+
+def test_status_names_the_instruction_set():
+    status = mrf.backends()["cpu"]
+    assert status.available and status.detail.split()[-1] in ("avx512", "avx2", "baseline")
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """Offsets are 64-bit: the last sample of a tensor of 2^31 + 2^26 elements."""
+    shape = (33, 64, 1024, 1024)
+    a, b = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+    assert a.numel() > 2**31
+    last = [torch.randn(1, *shape[1:]).bfloat16() for _ in range(2)]
+    a[-1:], b[-1:] = last
+    information = F.softmax_fisher_information([[a], [b]], backend="cpu")
+    alone = F.softmax_fisher_information([[last[0]], [last[1]]], backend="cpu")
+    assert torch.equal(information[:, :, -1:], alone)
+    assert (information[:, :, :-1] == 0).all()
+    statistics = F.gradient_statistics([a], features=[b], backend="cpu")
+    assert torch.equal(
+        statistics.attribution[:, -1:], F.gradient_statistics(last[:1], features=last[1:], backend="cpu").attribution
+    )
