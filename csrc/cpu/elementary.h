@@ -51,8 +51,9 @@ MRF_INLINE V<T> exp(V<T> x) {
   const V<T> shifted = x * T(0x1.71547652b82fep0) + K::round;
   const V<T> n = shifted - K::round;
   const V<T> r = (x - n * K::ln2_high) - n * K::ln2_low;
+  const V<T> y = (polynomial<T>(r, K::exp) * r + T(1)) * r + T(1);
   const V<T> scale = (V<T>)(((I<T>)shifted + K::bias) << K::mantissa);
-  return (polynomial<T>(r, K::exp) * (r * r) + r + T(1)) * scale;
+  return y * scale;
 }
 
 // log x for normal x > 0; -inf at 0 (denormals count as 0), NaN below, inf and NaN stay.

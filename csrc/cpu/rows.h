@@ -166,19 +166,16 @@ class Prefetcher {
   }
 
   // Spreads what was added over `steps` calls of step().
-  void plan(int64_t steps) { per_step_ = steps > 0 ? int((lines_ + steps - 1) / steps) : 0; }
+  void plan(int64_t steps) {
+    per_step_ = steps > 0 ? int((lines_ + steps - 1) / steps) : 0;
+    enter(0, 0);
+  }
 
   MRF_INLINE void step() {
     for (int i = 0; i < per_step_; ++i) {
-      if (at_ == count_) return;
-      const Block& block = blocks_[at_];
-      prefetch(block.start + row_ * block.stride + offset_);
-      offset_ += line;
-      if (offset_ < block.bytes) continue;
-      offset_ = 0;
-      if (++row_ < block.rows) continue;
-      row_ = 0;
-      ++at_;
+      prefetch(at_);
+      at_ += line;
+      if (at_ >= row_end_) enter(block_, row_ + 1);
     }
   }
 
@@ -187,9 +184,22 @@ class Prefetcher {
     const char* start;
     int64_t rows, stride, bytes;
   };
+
+  __attribute__((noinline)) void enter(int block, int64_t row) {
+    if (block < count_ && row == blocks_[block].rows) ++block, row = 0;
+    if (block == count_) {
+      per_step_ = 0;
+      return;
+    }
+    block_ = block, row_ = row;
+    at_ = blocks_[block].start + row * blocks_[block].stride;
+    row_end_ = at_ + blocks_[block].bytes;
+  }
+
   Block blocks_[kMaxModalities];
-  int count_ = 0, at_ = 0, per_step_ = 0;
-  int64_t lines_ = 0, row_ = 0, offset_ = 0;
+  int count_ = 0, block_ = 0, per_step_ = 0;
+  int64_t lines_ = 0, row_ = 0;
+  const char *at_ = nullptr, *row_end_ = nullptr;
 };
 
 }  // namespace MRF_ISA

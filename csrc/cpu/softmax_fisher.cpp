@@ -30,7 +30,7 @@ struct Statistics {
   V<T> pd[2];            // sum_c p d
 };
 
-template <class T>
+template <class T, bool Backward>
 class Group {
  public:
   static constexpr int n = kLanes<T>, width = kGroup<T>;
@@ -50,8 +50,9 @@ class Group {
     V<T> top[2];
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < 2; ++v) {
-        V<T> sum = load<T>(features(0) + c * width + v * n);
-        for (int a = 1; a < active; ++a) sum += load<T>(features(a) + c * width + v * n);
+        const T* row = features(0) + c * width + v * n;
+        V<T> sum = load<T>(row);
+        for (int a = 1; a < active; ++a) sum += load<T>(row + a * channels_ * width);
         const V<T> mean = exact ? sum * inverse : sum / count;
         top[v] = c == 0 ? mean : maximum<T>(mean, top[v]);
         store<T>(e_reference() + c * width + v * n, mean);
@@ -126,7 +127,7 @@ class Group {
         const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
         const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
         s.n[v] += d * d;
-        s.pd[v] += p * d;
+        if constexpr (Backward) s.pd[v] += p * d;
       }
       prefetcher_.step();
     }
@@ -201,7 +202,7 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
   const int scale = unit.tiling;
   int active[kMaxModalities];
   const int count = active_modalities(problem, unit.sample, active);
-  Group<T> group(problem, tiling, scratch, prefetcher);
+  Group<T, Backward> group(problem, tiling, scratch, prefetcher);
   V<T> sums[kMaxModalities] = {};
   int64_t valid_count = 0;
 
