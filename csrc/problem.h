@@ -88,8 +88,8 @@ struct Kernels {
   Kernel<GradientStatistics> gradient_statistics_forward, gradient_statistics_backward;
 };
 
-// Bytes of a scratch row of softmax_fisher, one channel of a group of pixels: two of the largest registers.
-constexpr int64_t kRowBytes = 128;
+// Bytes of a scratch row of softmax_fisher, one channel of a group of pixels: at most 32 pixels, in double.
+constexpr int64_t kRowBytes = 32 * 8;
 
 // Scratch of softmax_fisher, in rows per channel.
 constexpr int64_t softmax_fisher_rows(int modalities, bool backward) { return 4 + (backward ? 2 * modalities : modalities); }

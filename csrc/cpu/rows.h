@@ -1,5 +1,5 @@
-// Groups of pixels between memory and scratch. A group is two registers of pixels; scratch holds it as rows of one channel each, in
-// the accumulation type, whatever the layout and storage type of the tensor.
+// Groups of pixels between memory and scratch. A group is two registers of floats (four of doubles); scratch holds it as rows of one
+// channel each, in the accumulation type, whatever the layout and storage type of the tensor.
 #pragma once
 
 #include "../problem.h"
@@ -8,20 +8,22 @@
 namespace mrf {
 namespace MRF_ISA {
 
-template <class T> constexpr int kGroup = 2 * kLanes<T>;
+constexpr int kGroup = 2 * kLanes<float>;
+static_assert(kGroup * sizeof(double) <= kRowBytes, "scratch is large enough");
+template <class T> constexpr int kVectors = kGroup / kLanes<T>;
 
 // Which pixels of a group count.
 template <class T>
 struct Valid {
-  I<T> lanes[2];
+  I<T> lanes[kVectors<T>];
   int count;
 };
 
 template <class T>
 MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
-  typename IntegerOf<sizeof(T)>::type lane[kGroup<T>];
+  typename IntegerOf<sizeof(T)>::type lane[kGroup];
   int count = 0;
-  for (int i = 0; i < kGroup<T>; ++i) {
+  for (int i = 0; i < kGroup; ++i) {
     const bool counts = i < pixels && (mask == nullptr || mask[i]);
     lane[i] = counts ? -1 : 0;
     count += counts;
@@ -34,8 +36,8 @@ MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
 
 // Reads `pixels` (at most a group) of every channel into rows[c] and returns the maximum over the channels. Memory: each element once.
 template <class T, class Storage>
-__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows, V<T> (&top)[2]) {
-  constexpr int n = kLanes<T>, group = kGroup<T>;
+__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows, V<T> (&top)[kVectors<T>]) {
+  constexpr int n = kLanes<T>, group = kGroup;
   if (view.pixel_stride == 1) {
     for (int64_t c = 0; c < channels; ++c, p += view.channel_stride, rows += group) {
       Storage tail[group];
@@ -44,7 +46,7 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
         for (int i = 0; i < group; ++i) tail[i] = i < pixels ? p[i] : Storage{};
         row = tail;
       }
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const V<T> x = Convert<T, Storage>::load(row + v * n);
         top[v] = c == 0 ? x : maximum<T>(x, top[v]);
         store<T>(rows + v * n, x);
@@ -52,7 +54,7 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
     }
     return;
   }
-  for (int v = 0; v < 2; ++v) {
+  for (int v = 0; v < kVectors<T>; ++v) {
     const Storage* pixel = p + v * n * view.pixel_stride;
     const int here = pixels - v * n;
     for (int64_t c = 0; c < channels; c += n) {
@@ -81,23 +83,23 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
 // Writes rows[c] to `pixels` of every channel, around the caches where the alignment allows. Memory: each element once.
 template <class T, class Storage>
 __attribute__((noinline)) void scatter(Storage* p, const View& view, int64_t channels, int pixels, const T* rows) {
-  constexpr int n = kLanes<T>, group = kGroup<T>;
+  constexpr int n = kLanes<T>, group = kGroup;
   constexpr uintptr_t unaligned = n * sizeof(Storage) - 1;
   if (view.pixel_stride == 1) {
     const bool streams = pixels == group && !(uintptr_t(p) & unaligned) && !(view.channel_stride * sizeof(Storage) & unaligned);
     for (int64_t c = 0; c < channels; ++c, p += view.channel_stride, rows += group) {
       if (streams) {
-        for (int v = 0; v < 2; ++v) stream<T, Storage>(p + v * n, load<T>(rows + v * n));
+        for (int v = 0; v < kVectors<T>; ++v) stream<T, Storage>(p + v * n, load<T>(rows + v * n));
       } else {
         Storage narrow[group];
-        for (int v = 0; v < 2; ++v) Convert<T, Storage>::store(narrow + v * n, load<T>(rows + v * n));
+        for (int v = 0; v < kVectors<T>; ++v) Convert<T, Storage>::store(narrow + v * n, load<T>(rows + v * n));
         __builtin_memcpy(p, narrow, pixels * sizeof(Storage));
       }
     }
     return;
   }
   const bool streams = !(uintptr_t(p) & unaligned) && !(view.pixel_stride * sizeof(Storage) & unaligned);
-  for (int v = 0; v < 2; ++v) {
+  for (int v = 0; v < kVectors<T>; ++v) {
     Storage* pixel = p + v * n * view.pixel_stride;
     const int here = pixels - v * n < n ? pixels - v * n : n;
     for (int64_t c = 0; c < channels; c += n) {
@@ -134,7 +136,7 @@ MRF_INLINE void with_storage(DType dtype, F f) {
 static inline int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <class T>
-inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, V<T> (&top)[2]) {
+inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, V<T> (&top)[kVectors<T>]) {
   with_storage<T>(dtype, [&](auto* type) {
     gather<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows, top);
   });

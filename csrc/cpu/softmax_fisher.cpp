@@ -11,7 +11,7 @@
 //
 // Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a
 // shared counter and each result has a place of its own, so any number of threads gives the same bits. A tile (about 256 KiB) fits L2
-// and is prefetched there while the tile before it is computed. Within a tile, groups of two registers of pixels are copied to scratch
+// and is prefetched there while the tile before it is computed. Within a tile, groups of two registers of floats are copied to scratch
 // as rows (one channel of one modality; L1), where all passes over the channels run. Rows per group, forward: M C features, C of e_R,
 // C of e_p; backward also M C gradients and C of the bracket in dI/dR.
 #include "rows.h"
@@ -23,17 +23,17 @@ namespace {
 // Per-pixel statistics of one draw of one modality, two registers of pixels.
 template <class T>
 struct Statistics {
-  V<T> inverse_sum[2];   // 1 / sum_c exp(y - top)
-  V<T> log_sum[2];
-  V<T> cross_entropy[2];
-  V<T> n[2];             // sum_c d^2
-  V<T> pd[2];            // sum_c p d
+  V<T> inverse_sum[kVectors<T>];   // 1 / sum_c exp(y - top)
+  V<T> log_sum[kVectors<T>];
+  V<T> cross_entropy[kVectors<T>];
+  V<T> n[kVectors<T>];             // sum_c d^2
+  V<T> pd[kVectors<T>];            // sum_c p d
 };
 
 template <class T, bool Backward>
 class Group {
  public:
-  static constexpr int n = kLanes<T>, width = kGroup<T>;
+  static constexpr int n = kLanes<T>, width = kGroup;
 
   Group(const SoftmaxFisher& problem, const Tiling& tiling, T* scratch, Prefetcher& prefetcher)
       : problem_(problem), channels_(tiling.channels), prefetcher_(prefetcher), scratch_(scratch) {}
@@ -47,9 +47,9 @@ class Group {
   void reference(int active) {
     const T count = T(active), inverse = T(1) / count;
     const bool exact = (active & (active - 1)) == 0;  // a power of two has an exact inverse
-    V<T> top[2];
+    V<T> top[kVectors<T>];
     for (int64_t c = 0; c < channels_; ++c) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const T* row = features(0) + c * width + v * n;
         V<T> sum = load<T>(row);
         for (int a = 1; a < active; ++a) sum += load<T>(row + a * channels_ * width);
@@ -58,20 +58,20 @@ class Group {
         store<T>(e_reference() + c * width + v * n, mean);
       }
     }
-    V<T> sum[2] = {};
+    V<T> sum[kVectors<T>] = {};
     for (int64_t c = 0; c < channels_; ++c)
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         T* row = e_reference() + c * width + v * n;
         const V<T> e = exp<T>(load<T>(row) - top[v]);
         sum[v] += e;
         store<T>(row, e);
       }
-    for (int v = 0; v < 2; ++v) inverse_reference_[v] = T(1) / sum[v];
+    for (int v = 0; v < kVectors<T>; ++v) inverse_reference_[v] = T(1) / sum[v];
   }
 
   // y = x + sigma * noise in the row of noisy features, and its maximum. `k` is the tensor, `g0` the pixel (b, 0, p) as in the
   // definition of the noise: block index b * ceil(C / 4) * P + p.
-  void add_noise(const T* x, double sigma, int k, int draw, int64_t g0, int64_t pixels, V<T> (&top)[2]) {
+  void add_noise(const T* x, double sigma, int k, int draw, int64_t g0, int64_t pixels, V<T> (&top)[kVectors<T>]) {
     constexpr int lanes = kLanes<float>;
     static_assert(width % lanes == 0, "a group is whole registers of words");
     for (int64_t c = 0; c < channels_; c += 4, g0 += pixels) {
@@ -92,7 +92,7 @@ class Group {
         box_muller<T>(words[2] + i, words[3] + i, normals[2] + i, normals[3] + i);
       }
       for (int64_t j = c; j < c + 4 && j < channels_; ++j)
-        for (int v = 0; v < 2; ++v) {
+        for (int v = 0; v < kVectors<T>; ++v) {
           const V<T> y = load<T>(x + j * width + v * n) + load<T>(normals[j - c] + v * n) * T(sigma);
           top[v] = j == 0 ? y : maximum<T>(y, top[v]);
           store<T>(noisy() + j * width + v * n, y);
@@ -102,10 +102,10 @@ class Group {
 
   // The statistics of logits y with maximum `top`; leaves exp(y - top) in e_p.
   // f = log sum - sum_c q_c (y_c - top): both terms are at least 0, so nothing cancels.
-  void statistics(const T* y, const V<T> (&top)[2], Statistics<T>& s) {
-    V<T> sum[2] = {}, distance[2] = {};
+  void statistics(const T* y, const V<T> (&top)[kVectors<T>], Statistics<T>& s) {
+    V<T> sum[kVectors<T>] = {}, distance[kVectors<T>] = {};
     for (int64_t c = 0; c < channels_; ++c) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> shifted = load<T>(y + i) - top[v];
         const V<T> e = exp<T>(shifted);
@@ -115,14 +115,14 @@ class Group {
       }
       prefetcher_.step();
     }
-    for (int v = 0; v < 2; ++v) {
+    for (int v = 0; v < kVectors<T>; ++v) {
       s.inverse_sum[v] = T(1) / sum[v];
       s.log_sum[v] = log<T>(sum[v]);
       s.cross_entropy[v] = s.log_sum[v] + distance[v] * inverse_reference_[v];
       s.n[v] = s.pd[v] = V<T>{};
     }
     for (int64_t c = 0; c < channels_; ++c) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
         const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
@@ -134,9 +134,9 @@ class Group {
   }
 
   // Adds weight * dI/dX to `gradient` (or sets it, on the first draw) and weight * the bracket of dI/dR to the rows of the pull.
-  void gradient(const T* y, const V<T> (&top)[2], const Statistics<T>& s, T weight, T* gradient, bool first_draw, bool first) {
-    V<T> a[2], b[2], log_shift[2];
-    for (int v = 0; v < 2; ++v) {
+  void gradient(const T* y, const V<T> (&top)[kVectors<T>], const Statistics<T>& s, T weight, T* gradient, bool first_draw, bool first) {
+    V<T> a[kVectors<T>], b[kVectors<T>], log_shift[kVectors<T>];
+    for (int v = 0; v < kVectors<T>; ++v) {
       const V<T> inverse = T(1) / (s.cross_entropy[v] + T(problem_.eps));
       a[v] = inverse * (T(2) * weight);
       b[v] = s.n[v] * inverse * inverse * weight;
@@ -146,7 +146,7 @@ class Group {
       pull_mean_[v] = first ? mean : pull_mean_[v] + mean;
     }
     for (int64_t c = 0; c < channels_; ++c)
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
         const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
@@ -163,7 +163,7 @@ class Group {
   void finish_gradients(int active, const Valid<T>& valid) {
     const T inverse = problem_.detach_reference ? T(0) : T(1) / T(active);
     for (int64_t c = 0; c < channels_; ++c)
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> q = load<T>(e_reference() + i) * inverse_reference_[v];
         const V<T> shared = problem_.detach_reference ? V<T>{} : q * (load<T>(pull() + i) - pull_mean_[v]) * inverse;
@@ -184,7 +184,7 @@ class Group {
   const int64_t channels_;
   Prefetcher& prefetcher_;
   T* scratch_;
-  V<T> inverse_reference_[2], pull_mean_[2];
+  V<T> inverse_reference_[kVectors<T>], pull_mean_[kVectors<T>];
 };
 
 // The modalities that sample b has.
@@ -197,7 +197,7 @@ inline int active_modalities(const SoftmaxFisher& problem, int64_t sample, int* 
 
 template <class T, bool Backward>
 void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* scratch, Prefetcher& prefetcher) {
-  constexpr int width = kGroup<T>;
+  constexpr int width = kGroup;
   const Tiling& tiling = problem.tilings[unit.tiling];
   const int scale = unit.tiling;
   int active[kMaxModalities];
@@ -212,7 +212,7 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
         valid_pixels<T>(tiling.mask ? tiling.mask + unit.sample * tiling.pixels + pixel : nullptr, pixels);
     valid_count += valid.count;
     if (valid.count > 0) {
-      V<T> tops[kMaxModalities][2];
+      V<T> tops[kMaxModalities][kVectors<T>];
       for (int a = 0; a < count; ++a)
         gather<T>(tiling.dtype, problem.features[active[a] * problem.scales + scale], unit.sample, pixel, tiling.channels, pixels,
                   group.features(a), tops[a]);
@@ -221,7 +221,8 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
         const int m = active[a], k = m * problem.scales + scale;
         for (int draw = 0; draw < problem.draws; ++draw) {
           const T* y = group.features(a);
-          V<T> top[2] = {tops[a][0], tops[a][1]};
+          V<T> top[kVectors<T>];
+          __builtin_memcpy(top, tops[a], sizeof top);
           if (problem.sigma[m] > 0) {
             const int64_t g0 = unit.sample * ((tiling.channels + 3) / 4) * tiling.pixels + pixel;
             group.add_noise(y, problem.sigma[m], k, draw, g0, tiling.pixels, top);
@@ -233,7 +234,7 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
             const T weight = T(problem.weight[(m * problem.scales + scale) * problem.batch + unit.sample]);
             group.gradient(y, top, s, weight, group.gradients(a, count), draw == 0, a == 0 && draw == 0);
           } else {
-            for (int v = 0; v < 2; ++v)
+            for (int v = 0; v < kVectors<T>; ++v)
               sums[m] += select<T>(valid.lanes[v], s.n[v] / (s.cross_entropy[v] + T(problem.eps)), V<T>{});
           }
         }
@@ -272,7 +273,7 @@ void run(const SoftmaxFisher& problem, int64_t* next_unit, void* scratch) {
       const int count = active_modalities(problem, there.sample, active);
       for (int a = 0; a < count; ++a)
         prefetcher.add(ahead.dtype, problem.features[active[a] * problem.scales + there.tiling], there, ahead.channels);
-      const int64_t groups = (here.end - here.begin) / kGroup<float>;
+      const int64_t groups = (here.end - here.begin) / kGroup;
       prefetcher.plan(groups * tiling.channels * problem.modalities * problem.draws * 2);
     }
     if (tiling.dtype == DType::float64)
