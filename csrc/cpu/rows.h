@@ -12,6 +12,14 @@ constexpr int kGroup = 2 * kLanes<float>;
 static_assert(kGroup * sizeof(double) <= kRowBytes, "scratch is large enough");
 template <class T> constexpr int kVectors = kGroup / kLanes<T>;
 
+// One register per vector of a group. Local copies stay in registers, where a member would be loaded again after every store.
+template <class T>
+struct Vectors {
+  V<T> lanes[kVectors<T>] = {};
+  MRF_INLINE V<T>& operator[](int v) { return lanes[v]; }
+  MRF_INLINE const V<T>& operator[](int v) const { return lanes[v]; }
+};
+
 // Which pixels of a group count.
 template <class T>
 struct Valid {
@@ -36,8 +44,9 @@ MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
 
 // Reads `pixels` (at most a group) of every channel into rows[c] and returns the maximum over the channels. Memory: each element once.
 template <class T, class Storage>
-__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows, V<T> (&top)[kVectors<T>]) {
+__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows, Vectors<T>& result) {
   constexpr int n = kLanes<T>, group = kGroup;
+  Vectors<T> top;
   if (view.pixel_stride == 1) {
     for (int64_t c = 0; c < channels; ++c, p += view.channel_stride, rows += group) {
       Storage tail[group];
@@ -52,6 +61,7 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
         store<T>(rows + v * n, x);
       }
     }
+    result = top;
     return;
   }
   for (int v = 0; v < kVectors<T>; ++v) {
@@ -78,6 +88,7 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
       }
     }
   }
+  result = top;
 }
 
 // Writes rows[c] to `pixels` of every channel, around the caches where the alignment allows. Memory: each element once.
@@ -136,7 +147,7 @@ MRF_INLINE void with_storage(DType dtype, F f) {
 static inline int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <class T>
-inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, V<T> (&top)[kVectors<T>]) {
+inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, Vectors<T>& top) {
   with_storage<T>(dtype, [&](auto* type) {
     gather<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows, top);
   });
@@ -187,7 +198,8 @@ class Prefetcher {
     int64_t rows, stride, bytes;
   };
 
-  __attribute__((noinline)) void enter(int block, int64_t row) {
+  // Inlined: a call would spill every vector register of the loop around it.
+  MRF_INLINE void enter(int block, int64_t row) {
     if (block < count_ && row == blocks_[block].rows) ++block, row = 0;
     if (block == count_) {
       per_step_ = 0;

@@ -20,14 +20,17 @@ namespace mrf {
 namespace MRF_ISA {
 namespace {
 
-// Per-pixel statistics of one draw of one modality, two registers of pixels.
+// One draw of one modality: its rows of logits and of exponentials, and per pixel the statistics over the channels.
 template <class T>
-struct Statistics {
-  V<T> inverse_sum[kVectors<T>];   // 1 / sum_c exp(y - top)
-  V<T> log_sum[kVectors<T>];
-  V<T> cross_entropy[kVectors<T>];
-  V<T> n[kVectors<T>];             // sum_c d^2
-  V<T> pd[kVectors<T>];            // sum_c p d
+struct Draw {
+  const T* y;
+  T* e;                    // exp(y - top)
+  Vectors<T> top;          // max_c y
+  Vectors<T> inverse_sum;  // 1 / sum_c e
+  Vectors<T> log_sum;
+  Vectors<T> cross_entropy;
+  Vectors<T> n;            // sum_c d^2
+  Vectors<T> pd;           // sum_c p d, backward only
 };
 
 template <class T, bool Backward>
@@ -44,24 +47,25 @@ class Group {
   T* noisy() { return rows(2); }
 
   // q = e_R / sum e_R from the features of the active modalities.
-  void reference(int active) {
+  __attribute__((noinline)) void reference(int active) {
     const T count = T(active), inverse = T(1) / count;
     const bool exact = (active & (active - 1)) == 0;  // a power of two has an exact inverse
-    V<T> top[kVectors<T>];
+    const T* x = features(0);
+    T* e_r = e_reference();
+    Vectors<T> top, sum;
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < kVectors<T>; ++v) {
-        const T* row = features(0) + c * width + v * n;
-        V<T> sum = load<T>(row);
-        for (int a = 1; a < active; ++a) sum += load<T>(row + a * channels_ * width);
-        const V<T> mean = exact ? sum * inverse : sum / count;
+        const T* row = x + c * width + v * n;
+        V<T> total = load<T>(row);
+        for (int a = 1; a < active; ++a) total += load<T>(row + a * channels_ * width);
+        const V<T> mean = exact ? total * inverse : total / count;
         top[v] = c == 0 ? mean : maximum<T>(mean, top[v]);
-        store<T>(e_reference() + c * width + v * n, mean);
+        store<T>(e_r + c * width + v * n, mean);
       }
     }
-    V<T> sum[kVectors<T>] = {};
     for (int64_t c = 0; c < channels_; ++c)
       for (int v = 0; v < kVectors<T>; ++v) {
-        T* row = e_reference() + c * width + v * n;
+        T* row = e_r + c * width + v * n;
         const V<T> e = exp<T>(load<T>(row) - top[v]);
         sum[v] += e;
         store<T>(row, e);
@@ -71,7 +75,7 @@ class Group {
 
   // y = x + sigma * noise in the row of noisy features, and its maximum. `k` is the tensor, `g0` the pixel (b, 0, p) as in the
   // definition of the noise: block index b * ceil(C / 4) * P + p.
-  void add_noise(const T* x, double sigma, int k, int draw, int64_t g0, int64_t pixels, V<T> (&top)[kVectors<T>]) {
+  void add_noise(const T* x, double sigma, int k, int draw, int64_t g0, int64_t pixels, Vectors<T>& top) {
     constexpr int lanes = kLanes<float>;
     static_assert(width % lanes == 0, "a group is whole registers of words");
     for (int64_t c = 0; c < channels_; c += 4, g0 += pixels) {
@@ -100,47 +104,90 @@ class Group {
     }
   }
 
-  // The statistics of logits y with maximum `top`; leaves exp(y - top) in e_p.
-  // f = log sum - sum_c q_c (y_c - top): both terms are at least 0, so nothing cancels.
-  void statistics(const T* y, const V<T> (&top)[kVectors<T>], Statistics<T>& s) {
-    V<T> sum[kVectors<T>] = {}, distance[kVectors<T>] = {};
+  // The exponentials of a draw, after reference(). f = log sum + sum_c q_c (top - y_c): both terms are at least 0, nothing cancels.
+  __attribute__((noinline)) void exponentials(Draw<T>& s) {
+    s.e = rows(1);
+    const T *y = s.y, *e_r = e_reference();
+    T* e_y = s.e;
+    const Vectors<T> top = s.top;
+    Vectors<T> sum, distance;
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> shifted = load<T>(y + i) - top[v];
         const V<T> e = exp<T>(shifted);
         sum[v] += e;
-        distance[v] -= load<T>(e_reference() + i) * shifted;
-        store<T>(e_p() + i, e);
+        distance[v] -= load<T>(e_r + i) * shifted;
+        store<T>(e_y + i, e);
       }
       prefetcher_.step();
     }
-    for (int v = 0; v < kVectors<T>; ++v) {
-      s.inverse_sum[v] = T(1) / sum[v];
-      s.log_sum[v] = log<T>(sum[v]);
-      s.cross_entropy[v] = s.log_sum[v] + distance[v] * inverse_reference_[v];
-      s.n[v] = s.pd[v] = V<T>{};
-    }
+    for (int v = 0; v < kVectors<T>; ++v) normalize(s, v, sum[v], distance[v]);
+  }
+
+  // The exponentials of two modalities without noise and of their mean, from two exponentials instead of three:
+  // with h = exp((y - top) / 2), e = h^2 and e_R = h_0 h_1 up to a factor per pixel. False where the modalities disagree so widely that
+  // the largest e_R comes near underflow; then reference() and exponentials() must do it.
+  __attribute__((noinline)) bool exponentials_of_pair(Draw<T>& s0, Draw<T>& s1) {
+    s0.e = Backward ? gradients(0, 2) : features(0);
+    s1.e = Backward ? gradients(1, 2) : features(1);
+    const T *y0 = s0.y, *y1 = s1.y;
+    T *e_0 = s0.e, *e_1 = s1.e, *e_r = e_reference();
+    const Vectors<T> top0 = s0.top, top1 = s1.top;
+    Vectors<T> sum0, sum1, sum, distance0, distance1;
+    bool representable = true;
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
-        const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
-        const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
-        s.n[v] += d * d;
-        if constexpr (Backward) s.pd[v] += p * d;
+        const V<T> shifted0 = load<T>(y0 + i) - top0[v], shifted1 = load<T>(y1 + i) - top1[v];
+        const V<T> h0 = exp<T>(shifted0 * T(0.5)), h1 = exp<T>(shifted1 * T(0.5));
+        const V<T> e0 = h0 * h0, e1 = h1 * h1, e = h0 * h1;
+        sum0[v] += e0, sum1[v] += e1, sum[v] += e;
+        distance0[v] -= e * shifted0, distance1[v] -= e * shifted1;
+        store<T>(e_r + i, e);
+        store<T>(e_0 + i, e0);
+        store<T>(e_1 + i, e1);
+      }
+      prefetcher_.step();
+      prefetcher_.step();
+    }
+    for (int v = 0; v < kVectors<T>; ++v) {
+      representable = representable && all_lanes<T>(sum[v] > T(1e-20));
+      inverse_reference_[v] = T(1) / sum[v];
+      normalize(s0, v, sum0[v], distance0[v]);
+      normalize(s1, v, sum1[v], distance1[v]);
+    }
+    return representable;
+  }
+
+  // The sums of d^2 and p d. Equal modalities give d = 0 exactly.
+  __attribute__((noinline)) void moments(Draw<T>& s) {
+    const Probabilities probabilities(*this, s);
+    Vectors<T> n_sum, pd;
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int v = 0; v < kVectors<T>; ++v) {
+        const V<T> p = probabilities.p(c, v), d = p - probabilities.q(c, v);
+        n_sum[v] += d * d;
+        if constexpr (Backward) pd[v] += p * d;
       }
       prefetcher_.step();
     }
+    s.n = n_sum;
+    s.pd = pd;
   }
 
   // Adds weight * dI/dX to `gradient` (or sets it, on the first draw) and weight * the bracket of dI/dR to the rows of the pull.
-  void gradient(const T* y, const V<T> (&top)[kVectors<T>], const Statistics<T>& s, T weight, T* gradient, bool first_draw, bool first) {
-    V<T> a[kVectors<T>], b[kVectors<T>], log_shift[kVectors<T>];
+  __attribute__((noinline)) void gradient(const Draw<T>& s, T weight, T* gradient, bool first_draw, bool first) {
+    const Probabilities probabilities(*this, s);
+    const T* y = s.y;
+    T* pull = this->pull();
+    const Vectors<T> pd = s.pd;
+    Vectors<T> a, b, log_shift;
     for (int v = 0; v < kVectors<T>; ++v) {
       const V<T> inverse = T(1) / (s.cross_entropy[v] + T(problem_.eps));
       a[v] = inverse * (T(2) * weight);
       b[v] = s.n[v] * inverse * inverse * weight;
-      log_shift[v] = top[v] + s.log_sum[v];
+      log_shift[v] = s.top[v] + s.log_sum[v];
       // sum_c q (-a d + b log p), with sum q d = sum p d - N
       const V<T> mean = -a[v] * (s.pd[v] - s.n[v]) - b[v] * s.cross_entropy[v];
       pull_mean_[v] = first ? mean : pull_mean_[v] + mean;
@@ -148,25 +195,26 @@ class Group {
     for (int64_t c = 0; c < channels_; ++c)
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
-        const V<T> p = rounded<T>(load<T>(e_p() + i) * s.inverse_sum[v]);
-        const V<T> d = p - rounded<T>(load<T>(e_reference() + i) * inverse_reference_[v]);
-        V<T> own = a[v] * p * (d - s.pd[v]) - b[v] * d;
+        const V<T> p = probabilities.p(c, v), d = p - probabilities.q(c, v);
+        V<T> own = a[v] * p * (d - pd[v]) - b[v] * d;
         V<T> bracket = b[v] * (load<T>(y + i) - log_shift[v]) - a[v] * d;
         if (!first_draw) own += load<T>(gradient + i);
-        if (!first) bracket += load<T>(pull() + i);
-        store<T>(gradient + i, own);
-        store<T>(pull() + i, bracket);
+        if (!first) bracket += load<T>(pull + i);
+        store<T>(gradient + i, own);  // may be the row of e, which is read by now
+        store<T>(pull + i, bracket);
       }
   }
 
   // Adds J(q) pull / (active modalities) to every gradient and clears the pixels that do not count.
-  void finish_gradients(int active, const Valid<T>& valid) {
+  __attribute__((noinline)) void finish_gradients(int active, const Valid<T>& valid) {
     const T inverse = problem_.detach_reference ? T(0) : T(1) / T(active);
+    const T *e_r = e_reference(), *pull = this->pull();
+    const Vectors<T> inverse_reference = inverse_reference_, pull_mean = pull_mean_;
     for (int64_t c = 0; c < channels_; ++c)
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
-        const V<T> q = load<T>(e_reference() + i) * inverse_reference_[v];
-        const V<T> shared = problem_.detach_reference ? V<T>{} : q * (load<T>(pull() + i) - pull_mean_[v]) * inverse;
+        const V<T> bracket = load<T>(pull + i) - pull_mean[v];
+        const V<T> shared = inverse == 0 ? V<T>{} : load<T>(e_r + i) * inverse_reference[v] * bracket * inverse;
         for (int m = 0; m < active; ++m) {
           T* row = gradients(m, active) + i;
           store<T>(row, select<T>(valid.lanes[v], load<T>(row) + shared, V<T>{}));
@@ -177,14 +225,29 @@ class Group {
  private:
   T* rows(int64_t i) { return scratch_ + i * channels_ * width; }
   T* e_reference() { return rows(0); }
-  T* e_p() { return rows(1); }
   T* pull() { return rows(3); }
+
+  void normalize(Draw<T>& s, int v, V<T> sum, V<T> distance) {
+    s.inverse_sum[v] = T(1) / sum;
+    s.log_sum[v] = log<T>(sum);
+    s.cross_entropy[v] = s.log_sum[v] + distance * inverse_reference_[v];
+  }
+
+  // p of a draw and q, from the rows of exponentials.
+  struct Probabilities {
+    const T *e, *e_r;
+    const Vectors<T> inverse, inverse_reference;
+    MRF_INLINE Probabilities(Group& group, const Draw<T>& s)
+        : e(s.e), e_r(group.e_reference()), inverse(s.inverse_sum), inverse_reference(group.inverse_reference_) {}
+    MRF_INLINE V<T> p(int64_t c, int v) const { return rounded<T>(load<T>(e + c * width + v * n) * inverse[v]); }
+    MRF_INLINE V<T> q(int64_t c, int v) const { return rounded<T>(load<T>(e_r + c * width + v * n) * inverse_reference[v]); }
+  };
 
   const SoftmaxFisher& problem_;
   const int64_t channels_;
   Prefetcher& prefetcher_;
   T* scratch_;
-  V<T> inverse_reference_[kVectors<T>], pull_mean_[kVectors<T>];
+  Vectors<T> inverse_reference_, pull_mean_;
 };
 
 // The modalities that sample b has.
@@ -203,6 +266,9 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
   int active[kMaxModalities];
   const int count = active_modalities(problem, unit.sample, active);
   Group<T, Backward> group(problem, tiling, scratch, prefetcher);
+  bool noisy = false;
+  for (int a = 0; a < count; ++a) noisy = noisy || problem.sigma[active[a]] > 0;
+  Draw<T> draws[kMaxModalities];
   V<T> sums[kMaxModalities] = {};
   int64_t valid_count = 0;
 
@@ -212,27 +278,27 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
         valid_pixels<T>(tiling.mask ? tiling.mask + unit.sample * tiling.pixels + pixel : nullptr, pixels);
     valid_count += valid.count;
     if (valid.count > 0) {
-      V<T> tops[kMaxModalities][kVectors<T>];
-      for (int a = 0; a < count; ++a)
+      for (int a = 0; a < count; ++a) {
+        draws[a].y = group.features(a);
         gather<T>(tiling.dtype, problem.features[active[a] * problem.scales + scale], unit.sample, pixel, tiling.channels, pixels,
-                  group.features(a), tops[a]);
-      if (count > 0) group.reference(count);
+                  group.features(a), draws[a].top);
+      }
+      const bool pair = count == 2 && !noisy && group.exponentials_of_pair(draws[0], draws[1]);
+      if (!pair && count > 0) group.reference(count);
       for (int a = 0; a < count; ++a) {
         const int m = active[a], k = m * problem.scales + scale;
+        Draw<T>& s = draws[a];
         for (int draw = 0; draw < problem.draws; ++draw) {
-          const T* y = group.features(a);
-          V<T> top[kVectors<T>];
-          __builtin_memcpy(top, tops[a], sizeof top);
           if (problem.sigma[m] > 0) {
             const int64_t g0 = unit.sample * ((tiling.channels + 3) / 4) * tiling.pixels + pixel;
-            group.add_noise(y, problem.sigma[m], k, draw, g0, tiling.pixels, top);
-            y = group.noisy();
+            group.add_noise(group.features(a), problem.sigma[m], k, draw, g0, tiling.pixels, s.top);
+            s.y = group.noisy();
           }
-          Statistics<T> s;
-          group.statistics(y, top, s);
+          if (!pair) group.exponentials(s);
+          group.moments(s);
           if constexpr (Backward) {
-            const T weight = T(problem.weight[(m * problem.scales + scale) * problem.batch + unit.sample]);
-            group.gradient(y, top, s, weight, group.gradients(a, count), draw == 0, a == 0 && draw == 0);
+            const T weight = T(problem.weight[k * problem.batch + unit.sample]);
+            group.gradient(s, weight, group.gradients(a, count), draw == 0, a == 0 && draw == 0);
           } else {
             for (int v = 0; v < kVectors<T>; ++v)
               sums[m] += select<T>(valid.lanes[v], s.n[v] / (s.cross_entropy[v] + T(problem.eps)), V<T>{});

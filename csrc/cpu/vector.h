@@ -47,6 +47,13 @@ template <class T> MRF_INLINE void store(T* p, V<T> x) { *reinterpret_cast<typen
 template <class T> MRF_INLINE V<T> select(I<T> mask, V<T> a, V<T> b) { return mask ? a : b; }
 template <class T> MRF_INLINE V<T> maximum(V<T> a, V<T> b) { return a > b ? a : b; }  // b where either is NaN
 
+template <class T>
+MRF_INLINE bool all_lanes(I<T> mask) {
+  typename IntegerOf<sizeof(T)>::type all = -1;
+  for (int i = 0; i < kLanes<T>; ++i) all &= mask[i];
+  return all != 0;
+}
+
 // Keeps the compiler from fusing a product into the sum that it enters, where equal products must cancel to 0.
 template <class T>
 MRF_INLINE V<T> rounded(V<T> product) {
