@@ -28,6 +28,16 @@ FLAGS = "-std=c++17 -O3 -g0 -fPIC -Wall -Wextra -Wno-psabi -Wno-maybe-uninitiali
 STABLE_ABI = "-DPy_LIMITED_API=0x030A0000 -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY"
 
 
+def ninja_program() -> str:
+    """ninja on PATH, or the one that the Python package carries."""
+    found = shutil.which("ninja")
+    if found is None:
+        import ninja
+
+        found = str(Path(ninja.BIN_DIR) / "ninja")
+    return found
+
+
 class Ninja:
     """A build.ninja file in the making."""
 
@@ -51,7 +61,7 @@ class Ninja:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "build.ninja").write_text("\n".join(self.lines) + "\n")
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(["ninja", "-C", str(self.directory), *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run([ninja_program(), "-C", str(self.directory), *(["-j", jobs] if jobs else [])], check=True)
 
 
 def cpu_objects(ninja: Ninja) -> list[str]:
@@ -85,18 +95,21 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
+        harness = ext.name.endswith("_harness")
         reason = (ROOT / "modreg_fast" if self.inplace else target.parent) / "_native_missing.txt"
         compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
         try:
             if compiler is None:
                 raise RuntimeError("no C++ compiler was found when it was installed")
             ninja = Ninja(Path(self.build_temp).absolute() / ext.name, compiler)
-            (build_harness if ext.name.endswith("_harness") else build_native)(ninja, target)
+            (build_harness if harness else build_native)(ninja, target)
             ninja.run()
-            reason.unlink(missing_ok=True)
+            if not harness:
+                reason.unlink(missing_ok=True)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
             print(f"WARNING: {ext.name} was not built, the package works without it: {error}")
-            reason.write_text(f"the native extension was not built: {error}; install a C++17 compiler and install again\n")
+            if not harness:
+                reason.write_text(f"the native extension was not built: {error}; install a C++17 compiler and install again\n")
 
 
 names = []

@@ -40,18 +40,19 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
-// (B, C, P), pixels or channels contiguous; a dimension of size 1 may have any stride.
+// (B, C, P) with contiguous pixels, or else contiguous channels (of several pixels or several channels; see layout_of in cpu/layout.py).
 View view_of(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "modreg_fast_native: expected a (B, C, P) tensor on the CPU");
   View view{x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-  if (x.size(2) == 1 && x.size(1) > 1 && view.channel_stride == 1) {
-    view.pixel_stride = x.size(1);  // channels last: never stepped by
-  } else if (x.size(2) == 1 || view.pixel_stride == 1) {
-    view.pixel_stride = 1;
-  } else {
-    STD_TORCH_CHECK(view.channel_stride == 1 || x.size(1) == 1, "modreg_fast_native: expected contiguous pixels or channels");
-    view.channel_stride = 1;
+  const int64_t channels = x.size(1), pixels = x.size(2);
+  if (pixels > 1 && view.pixel_stride == 1) return view;
+  if (channels > 1) {
+    STD_TORCH_CHECK(view.channel_stride == 1, "modreg_fast_native: expected contiguous pixels or channels");
+    if (pixels == 1) view.pixel_stride = channels;  // never stepped by
+    return view;
   }
+  STD_TORCH_CHECK(pixels == 1, "modreg_fast_native: expected contiguous pixels or channels");
+  view.pixel_stride = 1;
   return view;
 }
 
@@ -162,9 +163,7 @@ struct SoftmaxFisherCall {
     for (const Tiling& tiling : tilings) most_channels = std::max(most_channels, tiling.channels);
   }
 
-  int64_t scratch_bytes(bool backward) const {
-    return mrf::softmax_fisher_rows(problem.modalities, backward) * most_channels * mrf::kRowBytes;
-  }
+  int64_t scratch_bytes() const { return mrf::softmax_fisher_rows(problem.modalities) * most_channels * mrf::kRowBytes; }
 };
 
 template <class T>
@@ -192,7 +191,7 @@ void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tenso
   std::vector<int64_t> valid(call.problem.units);
   call.problem.partial = partial.data();
   call.problem.valid = valid.data();
-  run(mrf::instruction_set().kernels->softmax_fisher_forward, call.problem, call.scratch_bytes(false));
+  run(mrf::instruction_set().kernels->softmax_fisher_forward, call.problem, call.scratch_bytes());
   auto* out_counts = static_cast<int64_t*>(flat_view_of(counts).data);
   void* out = flat_view_of(information).data;
   if (dtype_of(information) == DType::float64)
@@ -210,7 +209,7 @@ void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std
   call.problem.weight = static_cast<const double*>(flat_view_of(weight).data);
   call.problem.detach_reference = detach_reference;
   advise_huge_pages(gradients);
-  run(mrf::instruction_set().kernels->softmax_fisher_backward, call.problem, call.scratch_bytes(true));
+  run(mrf::instruction_set().kernels->softmax_fisher_backward, call.problem, call.scratch_bytes());
 }
 
 // ---- gradient_statistics ----

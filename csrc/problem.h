@@ -92,7 +92,7 @@ struct Kernels {
 constexpr int64_t kRowBytes = 32 * 8;
 
 // Scratch of softmax_fisher, in rows per channel.
-constexpr int64_t softmax_fisher_rows(int modalities, bool backward) { return 4 + (backward ? 2 * modalities : modalities); }
+constexpr int64_t softmax_fisher_rows(int modalities) { return 4 + 2 * modalities; }
 
 // Scratch of gradient_statistics: four numbers per pixel of a tile.
 constexpr int kGradientStatisticsRows = 4;

@@ -1,6 +1,7 @@
 """Checks of what users pass in. Every message names the function, the argument, what was expected and what came."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import NoReturn
 
 import torch
@@ -38,9 +39,9 @@ def sequence(x: object, function: str, argument: str) -> Sequence:  # type: igno
     return x
 
 
-def modalities(x: object, function: str, argument: str) -> Mapping:  # type: ignore[type-arg]
+def modalities(x: object, function: str, argument: str, values: str = "tensors") -> Mapping:  # type: ignore[type-arg]
     if not isinstance(x, Mapping):
-        fail(function, argument, "a mapping from modality to tensors", type(x).__name__, TypeError)
+        fail(function, argument, f"a mapping from modality to {values}", type(x).__name__, TypeError)
     if len(x) == 0:
         fail(function, argument, "a mapping with at least one modality", "an empty one")
     return x
@@ -51,6 +52,8 @@ def feature(x: object, function: str, argument: str, channel_dim: int) -> Tensor
     x = tensor(x, function, argument)
     if x.dim() < 2:
         fail(function, argument, "of shape (B, C, *spatial)", shape(x))
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        fail(function, "channel_dim", "an integer", type(channel_dim).__name__, TypeError)
     if not -x.dim() < channel_dim < x.dim() or channel_dim == 0:
         fail(function, "channel_dim", f"a dimension of {argument} {shape(x)} other than the batch", channel_dim)
     if x.numel() == 0:
@@ -69,8 +72,17 @@ def same(x: Tensor, other: Tensor, function: str, argument: str, reference: str)
 
 def number(x: object, function: str, argument: str, *, least: float = 0.0, positive: bool = False) -> float:
     """A finite number that is at least ``least`` (above it, if ``positive``)."""
-    if isinstance(x, bool) or not isinstance(x, int | float):
+    if isinstance(x, bool) or not isinstance(x, Real):
         fail(function, argument, "a number", type(x).__name__, TypeError)
-    if not (x > least if positive else x >= least) or x == float("inf"):
+    value = float(x)
+    if not (value > least if positive else value >= least) or value == float("inf"):
         fail(function, argument, f"a finite number {'above' if positive else 'of at least'} {least:g}", x)
-    return float(x)
+    return value
+
+
+def positive_integer(x: object, function: str, argument: str) -> int:
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        fail(function, argument, "an integer", type(x).__name__, TypeError)
+    if x < 1:
+        fail(function, argument, "an integer of at least 1", x)
+    return int(x)

@@ -1,5 +1,6 @@
 """Differentiable functions: validation, documentation, one call to an op each."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -100,9 +101,10 @@ def softmax_fisher_with_counts(
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`softmax_fisher_information` and the number of valid pixels ``(S, B)``. ``names``: of the modalities, for messages."""
-    features = [validate.sequence(row, function, f"features[{m}]") for m, row in enumerate(validate.sequence(features, function, "features"))]
-    modalities, scales = len(features), len(features[0])
+    modalities = len(validate.sequence(features, function, "features"))
     labels = [f"features[{m}]" for m in range(modalities)] if names is None else [f"features[{name!r}]" for name in names]
+    features = [validate.sequence(row, function, label) for label, row in zip(labels, features, strict=True)]
+    scales = len(features[0])
     for label, row in zip(labels, features, strict=True):
         if len(row) != scales:
             validate.fail(function, label, f"a list of {scales} scales like {labels[0]}", f"{len(row)}")
@@ -133,11 +135,13 @@ def softmax_fisher_with_counts(
         validate.tensor(present, function, "present", dtypes=(torch.bool,))
         if present.shape != (batch, modalities) or present.device != device:
             validate.fail(
-                function, "present", f"of shape {(batch, modalities)} on {device}", f"{validate.shape(present)} on {present.device}"
+                function,
+                "present",
+                f"of shape {(batch, modalities)} on {device}",
+                f"{validate.shape(present)} on {present.device}",
             )
     sigmas = _sigmas(sigma, modalities, function)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        validate.fail(function, "samples", "an integer of at least 1", samples)
+    validate.positive_integer(samples, function, "samples")
     validate.number(eps, function, "eps")
     noise_seed = _draw_seed(seed, generator, device, function) if any(s > 0 for s in sigmas) else None
     if noise_seed is None:
@@ -174,11 +178,33 @@ def _draw_seed(seed: int | None, generator: torch.Generator | None, device: torc
 def resize_mask(mask: Tensor, spatial: Sequence[int]) -> Tensor:
     """``mask`` ``(B, *spatial)`` bool at another resolution: a pixel is valid when at least half of its area is.
 
-    Up to three spatial dimensions, any ratio."""
+    Any ratio; to another resolution for one to three spatial dimensions."""
     if tuple(mask.shape[1:]) == tuple(spatial):
         return mask
-    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(spatial)]
-    return pool(mask.unsqueeze(1).to(torch.float32), tuple(spatial)).squeeze(1) >= 0.5
+    if mask.dim() != 1 + len(spatial) or not 1 <= len(spatial) <= 3:
+        validate.fail(
+            "resize_mask",
+            "mask",
+            f"(B, *spatial) with the {len(spatial)} (one to three) dimensions of spatial",
+            validate.shape(mask),
+        )
+    if all(fine % coarse == 0 for fine, coarse in zip(mask.shape[1:], spatial, strict=True)):
+        return average_pooled(mask.to(torch.float32), spatial) >= 0.5
+    # Exactly, in integers: along each dimension, the difference at the edges k * fine / coarse of the area up to there, times coarse.
+    area = mask.to(torch.int64)
+    for dim, (fine, coarse) in enumerate(zip(mask.shape[1:], spatial, strict=True), start=1):
+        edges = torch.arange(coarse + 1, device=mask.device) * fine
+        whole, part = edges // coarse, edges % coarse
+        padded = torch.cat([area, area.narrow(dim, 0, 1)], dim)  # the pixel past the end has part 0
+        before = padded.cumsum(dim) - padded
+        part = part.view([-1 if d == dim else 1 for d in range(area.dim())])
+        area = (before.index_select(dim, whole) * coarse + padded.index_select(dim, whole) * part).diff(dim=dim)
+    return 2 * area >= math.prod(mask.shape[1:])
+
+
+def average_pooled(x: Tensor, spatial: Sequence[int]) -> Tensor:
+    """``x`` ``(B, *spatial)`` averaged over the area of each pixel of another resolution."""
+    return F.interpolate(x.unsqueeze(1), size=tuple(spatial), mode="area").squeeze(1)
 
 
 def _scale_masks(
@@ -267,7 +293,9 @@ def gradient_statistics(
     batch, device = flat_grads[0].shape[0], flat_grads[0].device
     for k, g in enumerate(flat_grads):
         if g.shape[0] != batch or g.device != device:
-            validate.fail(function, f"grads[{k}]", f"of batch size {batch} on {device} like grads[0]", f"{g.shape[0]} on {g.device}")
+            validate.fail(
+                function, f"grads[{k}]", f"of batch size {batch} on {device} like grads[0]", f"{g.shape[0]} on {g.device}"
+            )
     spatial = [_spatial(g, channel_dim) for g in grads]
 
     flat_features: list[Tensor] = []
@@ -327,6 +355,7 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
         tensor(0.)
     """
     validate.tensor(f, "functional_entropy", "f")
+    dim = dim if isinstance(dim, int) else tuple(dim)
     mean = f.mean(dim, keepdim=True)
     ratio = f / torch.where(mean == 0, 1, mean)
     return (mean * (torch.special.xlogy(ratio, ratio) - ratio + 1)).mean(dim)
@@ -385,10 +414,14 @@ def balance_penalty(
     validate.tensor(information, "balance_penalty", "information")
     if information.dim() not in (2, 3):
         validate.fail("balance_penalty", "information", "of shape (M, S, B) or (M, B)", validate.shape(information))
-    information = information if information.dim() == 3 else information.unsqueeze(1)
     if valid is not None:
         validate.tensor(valid, "balance_penalty", "valid", dtypes=(torch.bool,))
-        valid = (valid if valid.dim() != 2 or information.dim() == 2 else valid.unsqueeze(1)).expand_as(information)
+        try:
+            valid = torch.broadcast_to(valid, information.shape)
+        except RuntimeError:
+            validate.fail("balance_penalty", "valid", f"broadcastable to {validate.shape(information)}", validate.shape(valid))
+    if information.dim() == 2:
+        information, valid = information.unsqueeze(1), None if valid is None else valid.unsqueeze(1)
     total, count = batch_totals(information, valid)
     return penalty_of_mean(total, count, objective, eps, weights, function="balance_penalty")
 
@@ -407,10 +440,9 @@ def penalty_of_mean(
     validate.number(eps, function, "eps")
     counts = count > 0
     mean = torch.where(counts, total / torch.where(counts, count, 1) + eps, 1)
-    w = torch.ones(total.shape[1]) if weights is None else torch.as_tensor(weights)
+    w = torch.ones_like(mean[0]) if weights is None else torch.as_tensor(weights, dtype=mean.dtype, device=mean.device)
     if w.shape != total.shape[1:]:
         validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(w))
-    w = w.to(mean)
     if objective == "log":
         terms = -w * mean.log()
     elif objective in ("inverse", "norm"):

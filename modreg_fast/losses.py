@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
 from modreg_fast.distributed import sum_over_ranks
 from modreg_fast.functional import (
+    average_pooled,
     batch_totals,
     gradient_statistics,
     modality_share,
@@ -86,11 +86,13 @@ class FunctionalEntropyLoss(nn.Module):
         self.feature_weight = validate.number(feature_weight, name, "feature_weight")
         self.prediction_weight = validate.number(prediction_weight, name, "prediction_weight")
         self.objective = objective
-        self.scale_weights = (
-            None if scale_weights is None else [validate.number(w, name, "scale_weights") for w in scale_weights]
-        )
+        if scale_weights is not None:
+            scale_weights = [
+                validate.number(w, name, "scale_weights") for w in validate.sequence(scale_weights, name, "scale_weights")
+            ]
+        self.scale_weights = scale_weights
         self.sigma = validate.number(sigma, name, "sigma")
-        self.samples = samples
+        self.samples = validate.positive_integer(samples, name, "samples")
         self.detach_reference = detach_reference
         self.channel_dim = channel_dim
         self.eps = validate.number(eps, name, "eps")
@@ -200,25 +202,22 @@ class FunctionalEntropyLoss(nn.Module):
             validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
             validate.same(mask, values, name, "mask", "values")
         tensors = [_differentiable(x, name, f"inputs[{m!r}]") for m, x in inputs.items()]
-        valid_values = values if mask is None else torch.where(mask, values, 0)
-        count = None if mask is None else mask.flatten(1).sum(1)
+        masked = values if mask is None else torch.where(mask, values, 0)
         if granularity == "sample":
-            mean = valid_values.flatten(1).sum(1) / (values[0].numel() if count is None else count.clamp(min=1))
-            grads = [g.reshape(g.shape[0], -1) for g in _gradients(mean.sum(), tensors, name)]
-            fisher = gradient_statistics(grads, values=[mean] * len(grads), eps=self.eps, backend=self.backend).fisher
+            masks = None if mask is None else [_count(mask) > 0] * len(tensors)
+            mean = masked.reshape(len(values), -1).sum(1) / (values[0].numel() if mask is None else _count(mask).clamp(min=1))
+            grads = [g.reshape(len(g), -1) for g in _gradients(mean.sum(), tensors, name)]
+            f, channel_dim = [mean] * len(grads), 1
         else:
-            grads = _gradients(valid_values.sum(), tensors, name)
-            sizes = [_spatial_size(g, values, self.channel_dim, name) for g in grads]
-            fisher = gradient_statistics(
-                grads,
-                values=[_pooled(valid_values, mask, size) for size in sizes],
-                mask=None if mask is None else [resize_mask(mask, size) if size else mask.flatten(1).any(1) for size in sizes],
-                channel_dim=self.channel_dim,
-                eps=self.eps,
-                backend=self.backend,
-            ).fisher
+            grads, channel_dim = _gradients(masked.sum(), tensors, name), self.channel_dim
+            sizes = [_spatial_size(g, values, channel_dim, name) for g in grads]
+            masks = None if mask is None else [resize_mask(mask, size) if size else _count(mask) > 0 for size in sizes]
+            f = [_pooled(masked, mask, size) for size in sizes]
+        fisher = gradient_statistics(
+            grads, values=f, mask=masks, channel_dim=channel_dim, eps=self.eps, backend=self.backend
+        ).fisher
         assert fisher is not None
-        valid = None if count is None else (count > 0).expand_as(fisher).unsqueeze(1)
+        valid = None if masks is None else torch.stack([_count(m) > 0 for m in masks]).unsqueeze(1)
         return self._penalty(fisher.unsqueeze(1), valid, None, self.prediction_weight, list(inputs), return_details)
 
     def _penalty(
@@ -280,7 +279,7 @@ class AttributionLoss(nn.Module):
         if norm not in ("l1", "l2"):
             validate.fail(name, "norm", "'l1' or 'l2'", repr(norm))
         if target is not None:
-            validate.modalities(target, name, "target")
+            validate.modalities(target, name, "target", "numbers")
             weights = {m: validate.number(w, name, f"target[{m!r}]") for m, w in target.items()}
             total = sum(weights.values())
             if total <= 0:
@@ -321,8 +320,12 @@ class AttributionLoss(nn.Module):
         name = type(self).__name__
         features = validate.modalities(features, name, "features")
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
-        flat = [_differentiable(x, name, f"features[{m!r}][{s}]") for m, row in zip(features, scales, strict=True) for s, x in enumerate(row)]
-        target = self._target(list(features), name, scores)
+        flat = [
+            _differentiable(x, name, f"features[{m!r}][{s}]")
+            for m, row in zip(features, scales, strict=True)
+            for s, x in enumerate(row)
+        ]
+        self._check_names(list(features), name)
         score = _selected_score(scores, index, mask, name)
         attribution = gradient_statistics(
             _gradients(score, flat, name),
@@ -334,13 +337,14 @@ class AttributionLoss(nn.Module):
         assert attribution is not None
         # (M, B): scales are pooled by the L2 norm, as pixels are.
         attribution = torch.stack([_l2_pool(rows) for rows in attribution.split([len(row) for row in scales])])
-        return self._penalty(attribution, target, present, list(features), return_details)
+        return self._penalty(attribution, present, list(features), return_details)
 
     def _penalty(
-        self, attribution: Tensor, target: Tensor, present: Tensor | None, names: list[str], return_details: bool
+        self, attribution: Tensor, present: Tensor | None, names: list[str], return_details: bool
     ) -> Tensor | tuple[Tensor, AttributionDetails]:
         name = type(self).__name__
-        target = target[:, None].expand_as(attribution)
+        shares = [1 / len(names) if self.target is None else self.target[m] for m in names]
+        target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None].expand_as(attribution)
         if present is not None:
             validate.tensor(present, name, "present", dtypes=(torch.bool,))
             if tuple(present.shape) != tuple(attribution.T.shape):
@@ -362,12 +366,9 @@ class AttributionLoss(nn.Module):
         means = sums / count
         return penalty, AttributionDetails(*(dict(zip(names, values, strict=True)) for values in means))
 
-    def _target(self, names: list[str], name: str, scores: Tensor) -> Tensor:
-        if self.target is None:
-            return torch.full((len(names),), 1 / len(names), device=scores.device)
-        if set(self.target) != set(names):
-            validate.fail(name, "features", f"the modalities of target, {sorted(self.target)}", sorted(names))
-        return torch.tensor([self.target[m] for m in names], device=scores.device)
+    def _check_names(self, names: list[str], function: str) -> None:
+        if self.target is not None and set(self.target) != set(names):
+            validate.fail(function, "features", f"the modalities of target, {sorted(self.target)}", sorted(names))
 
     def _feature_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         spatial = x.movedim(self.channel_dim, 1).shape[2:]
@@ -384,7 +385,9 @@ def _l2_pool(x: Tensor) -> Tensor:
 def _differentiable(x: object, function: str, argument: str) -> Tensor:
     x = validate.tensor(x, function, argument)
     if not x.requires_grad:
-        validate.fail(function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not")
+        validate.fail(
+            function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
+        )
     return x
 
 
@@ -423,16 +426,17 @@ def _spatial_size(g: Tensor, values: Tensor, channel_dim: int, name: str) -> tup
     return spatial
 
 
+def _count(mask: Tensor) -> Tensor:
+    """Valid pixels of each sample."""
+    return mask.reshape(len(mask), -1).sum(1)
+
+
 def _pooled(values: Tensor, mask: Tensor | None, spatial: tuple[int, ...]) -> Tensor:
     """``values`` average-pooled to another resolution, over valid pixels where masked."""
     if tuple(values.shape[1:]) == spatial:
         return values
 
     def pool(x: Tensor) -> Tensor:
-        if not spatial:
-            return x.flatten(1).mean(1)
-        return {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(spatial)](x.unsqueeze(1), spatial).squeeze(1)
+        return average_pooled(x, spatial) if spatial else x.flatten(1).mean(1)
 
-    if mask is None:
-        return pool(values)
-    return pool(values) / pool(mask.to(values.dtype)).clamp(min=1e-6)
+    return pool(values) if mask is None else pool(values) / pool(mask.to(values.dtype)).clamp(min=1e-6)

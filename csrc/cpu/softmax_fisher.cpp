@@ -12,8 +12,8 @@
 // Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a
 // shared counter and each result has a place of its own, so any number of threads gives the same bits. A tile (about 256 KiB) fits L2
 // and is prefetched there while the tile before it is computed. Within a tile, groups of two registers of floats are copied to scratch
-// as rows (one channel of one modality; L1), where all passes over the channels run. Rows per group, forward: M C features, C of e_R,
-// C of e_p; backward also M C gradients and C of the bracket in dI/dR.
+// as rows (one channel of one modality; L1), where all passes over the channels run. Rows per group: C of e_R, C of e_p, C of noisy features, C of
+// the bracket in dI/dR, M C features, M C gradients (or the exponentials of a pair of modalities).
 #include "rows.h"
 
 namespace mrf {
@@ -126,11 +126,11 @@ class Group {
   }
 
   // The exponentials of two modalities without noise and of their mean, from two exponentials instead of three:
-  // with h = exp((y - top) / 2), e = h^2 and e_R = h_0 h_1 up to a factor per pixel. False where the modalities disagree so widely that
-  // the largest e_R comes near underflow; then reference() and exponentials() must do it.
-  __attribute__((noinline)) bool exponentials_of_pair(Draw<T>& s0, Draw<T>& s1) {
-    s0.e = Backward ? gradients(0, 2) : features(0);
-    s1.e = Backward ? gradients(1, 2) : features(1);
+  // with h = exp((y - top) / 2), e = h^2 and e_R = h_0 h_1 up to a factor per pixel. False where, at a valid pixel, the modalities disagree so
+  // widely that the largest e_R comes near underflow; then reference() and exponentials() must do it.
+  __attribute__((noinline)) bool exponentials_of_pair(Draw<T>& s0, Draw<T>& s1, const Valid<T>& valid) {
+    s0.e = gradients(0, 2);
+    s1.e = gradients(1, 2);
     const T *y0 = s0.y, *y1 = s1.y;
     T *e_0 = s0.e, *e_1 = s1.e, *e_r = e_reference();
     const Vectors<T> top0 = s0.top, top1 = s1.top;
@@ -152,7 +152,7 @@ class Group {
       prefetcher_.step();
     }
     for (int v = 0; v < kVectors<T>; ++v) {
-      representable = representable && all_lanes<T>(sum[v] > T(1e-20));
+      representable = representable && all_lanes<T>(~valid.lanes[v] | ~(sum[v] < T(1e-20)));
       inverse_reference_[v] = T(1) / sum[v];
       normalize(s0, v, sum0[v], distance0[v]);
       normalize(s1, v, sum1[v], distance1[v]);
@@ -181,13 +181,12 @@ class Group {
     const Probabilities probabilities(*this, s);
     const T* y = s.y;
     T* pull = this->pull();
-    const Vectors<T> pd = s.pd;
-    Vectors<T> a, b, log_shift;
+    const Vectors<T> top = s.top, log_sum = s.log_sum, pd = s.pd;
+    Vectors<T> a, b;
     for (int v = 0; v < kVectors<T>; ++v) {
       const V<T> inverse = T(1) / (s.cross_entropy[v] + T(problem_.eps));
       a[v] = inverse * (T(2) * weight);
       b[v] = s.n[v] * inverse * inverse * weight;
-      log_shift[v] = s.top[v] + s.log_sum[v];
       // sum_c q (-a d + b log p), with sum q d = sum p d - N
       const V<T> mean = -a[v] * (s.pd[v] - s.n[v]) - b[v] * s.cross_entropy[v];
       pull_mean_[v] = first ? mean : pull_mean_[v] + mean;
@@ -197,7 +196,7 @@ class Group {
         const int64_t i = c * width + v * n;
         const V<T> p = probabilities.p(c, v), d = p - probabilities.q(c, v);
         V<T> own = a[v] * p * (d - pd[v]) - b[v] * d;
-        V<T> bracket = b[v] * (load<T>(y + i) - log_shift[v]) - a[v] * d;
+        V<T> bracket = b[v] * ((load<T>(y + i) - top[v]) - log_sum[v]) - a[v] * d;
         if (!first_draw) own += load<T>(gradient + i);
         if (!first) bracket += load<T>(pull + i);
         store<T>(gradient + i, own);  // may be the row of e, which is read by now
@@ -283,7 +282,7 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
         gather<T>(tiling.dtype, problem.features[active[a] * problem.scales + scale], unit.sample, pixel, tiling.channels, pixels,
                   group.features(a), draws[a].top);
       }
-      const bool pair = count == 2 && !noisy && group.exponentials_of_pair(draws[0], draws[1]);
+      const bool pair = count == 2 && !noisy && group.exponentials_of_pair(draws[0], draws[1], valid);
       if (!pair && count > 0) group.reference(count);
       for (int a = 0; a < count; ++a) {
         const int m = active[a], k = m * problem.scales + scale;

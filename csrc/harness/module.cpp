@@ -109,7 +109,7 @@ py::tuple softmax_fisher(const std::string& isa, const Array<T>& features, const
   problem.weight = weight.data();
   problem.partial = partial.mutable_data();
   problem.valid = valid.data();
-  std::vector<char> memory(mrf::softmax_fisher_rows(problem.modalities, true) * channels * mrf::kRowBytes + 64);
+  std::vector<char> memory(mrf::softmax_fisher_rows(problem.modalities) * channels * mrf::kRowBytes + 64);
   void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   int64_t next = 0;
   instruction_sets().at(isa)->softmax_fisher_forward(problem, &next, scratch);

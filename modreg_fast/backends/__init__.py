@@ -1,6 +1,6 @@
 """Who computes. Each backend is a module that holds ``softmax_fisher`` and ``gradient_statistics``, each with ``forward`` and
-``backward`` of one signature (documented in ``backends/reference``), and ``status()``. A new backend is one folder and one line in
-``_REGISTRY``."""
+``backward`` of one signature (documented in ``backends/reference``), and ``status()``. A new backend is one folder and one line
+in ``_REGISTRY``."""
 
 import contextlib
 import importlib
@@ -56,8 +56,8 @@ def _require(name: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Every op called in this block runs on backend ``name``; process-wide, like the flags of ``torch.backends``.
 
-    An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The backward
-    pass of an op runs on the backend of its forward pass, wherever it is called.
+    An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The
+    backward pass of an op runs on the backend of its forward pass, wherever it is called.
 
     Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend that is not usable here."""
     global _override

@@ -20,7 +20,7 @@ def gradient_statistics(
 
 
 @gradient_statistics.register_fake
-def _(grads, features, values, masks, eps, maps, backend):  # type: ignore[no-untyped-def]
+def _(grads, features, values, masks, eps, maps, backend):
     dtype = accumulation_dtype([*grads, *features, *values])
     batch = grads[0].shape[0]
 
@@ -55,17 +55,29 @@ def gradient_statistics_backward(
 
 
 @gradient_statistics_backward.register_fake
-def _(grad_fisher, grad_attribution, grad_fisher_maps, grad_attribution_maps, attribution, grads, features, values, masks, eps, backend):  # type: ignore[no-untyped-def]
+def _(
+    grad_fisher,
+    grad_attribution,
+    grad_fisher_maps,
+    grad_attribution_maps,
+    attribution,
+    grads,
+    features,
+    values,
+    masks,
+    eps,
+    backend,
+):
     return tuple([torch.empty_like(x) for x in inputs] for inputs in (grads, features, values))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     grads, features, values, masks, ctx.eps, _, ctx.backend = inputs
     ctx.lengths = [len(tensors) for tensors in (grads, features, values, masks)]
     ctx.save_for_backward(output[1], *grads, *features, *values, *masks)
 
 
-def _backward(ctx, grad_fisher, grad_attribution, grad_fisher_maps, grad_attribution_maps):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_fisher, grad_attribution, grad_fisher_maps, grad_attribution_maps):
     attribution, *tensors = ctx.saved_tensors
     inputs = _split(tensors, ctx.lengths)
     gradients = gradient_statistics_backward(
@@ -74,14 +86,14 @@ def _backward(ctx, grad_fisher, grad_attribution, grad_fisher_maps, grad_attribu
     return *gradients, [None] * ctx.lengths[3], None, None, None
 
 
-def _setup_double_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_double_context(ctx, inputs, output):
     lists = [[x] if isinstance(x, Tensor) else x for x in inputs[:9]]
     ctx.lengths = [len(tensors) for tensors in lists]
     ctx.eps = inputs[9]
     ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
 
 
-def _double_backward(ctx, *upstream):  # type: ignore[no-untyped-def]
+def _double_backward(ctx, *upstream):
     *tensors, masks = _split(ctx.saved_tensors, ctx.lengths)
     lengths = ctx.lengths[:8]
 
@@ -97,7 +109,7 @@ def _double_backward(ctx, *upstream):  # type: ignore[no-untyped-def]
     return fisher[0], attribution[0], fisher_maps, attribution_maps, pooled[0], *inputs, [None] * len(masks), None, None
 
 
-def _split(tensors, lengths):  # type: ignore[no-untyped-def]
+def _split(tensors, lengths):
     """A flat sequence cut into lists of the given lengths."""
     tensors = iter(tensors)
     return [[next(tensors) for _ in range(length)] for length in lengths]

@@ -26,7 +26,7 @@ def softmax_fisher(
 
 
 @softmax_fisher.register_fake
-def _(features, masks, present, sigma, samples, seed, detach_reference, eps, backend):  # type: ignore[no-untyped-def]
+def _(features, masks, present, sigma, samples, seed, detach_reference, eps, backend):
     modalities, batch = len(sigma), features[0].shape[0]
     scales = len(features) // modalities
     information = features[0].new_empty((modalities, scales, batch), dtype=reference.accumulation_dtype(features))
@@ -56,41 +56,42 @@ def softmax_fisher_backward(
 
 
 @softmax_fisher_backward.register_fake
-def _(grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps, backend):  # type: ignore[no-untyped-def]
+def _(grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps, backend):
     return [torch.empty_like(x) for x in features]
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     features, masks, present, sigma, samples, seed, detach_reference, eps, backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], present, seed, *features, *masks)
     ctx.features = len(features)
-    ctx.options = (detach_reference, eps, backend)
-    ctx.draws = (sigma, samples)
+    ctx.options = (sigma, samples, detach_reference, eps, backend)
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     counts, present, seed, *tensors = ctx.saved_tensors
+    features, masks = tensors[: ctx.features], tensors[ctx.features :]
+    sigma, samples, detach_reference, eps, backend = ctx.options
     gradients = softmax_fisher_backward(
-        grad, counts, tensors[: ctx.features], tensors[ctx.features :], present, *ctx.draws, seed, *ctx.options
+        grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps, backend
     )
-    return gradients, [None] * (len(tensors) - ctx.features), *[None] * 7
+    return gradients, [None] * len(masks), *[None] * 7
 
 
-def _setup_double_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_double_context(ctx, inputs, output):
     grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps, _ = inputs
     ctx.save_for_backward(grad, counts, present, seed, *features, *masks)
     ctx.features = len(features)
-    ctx.draws = (sigma, samples)
-    ctx.options = (detach_reference, eps)
+    ctx.options = (sigma, samples, detach_reference, eps)
 
 
-def _double_backward(ctx, upstream):  # type: ignore[no-untyped-def]
+def _double_backward(ctx, upstream):
     grad, counts, present, seed, *tensors = ctx.saved_tensors
     masks = tensors[ctx.features :]
+    sigma, samples, detach_reference, eps = ctx.options
 
     def gradients(grad: Tensor, *features: Tensor) -> list[Tensor]:
-        return reference.backward(grad, counts, list(features), masks, present, *ctx.draws, seed, *ctx.options)
+        return reference.backward(grad, counts, list(features), masks, present, sigma, samples, seed, detach_reference, eps)
 
     to_grad, *to_features = vector_jacobian_product(gradients, [grad, *tensors[: ctx.features]], upstream)
     return to_grad, None, to_features, [None] * len(masks), *[None] * 7

@@ -9,7 +9,7 @@ try:
     from modreg_fast import _native  # type: ignore[attr-defined]  # noqa: F401  (loading it registers the ops)
 except ImportError as error:
     _missing: str | None = str(error)
-    _reason = Path(__file__).parents[1] / "_native_missing.txt"
+    _reason = Path(__file__).parents[2] / "_native_missing.txt"
     if _reason.exists():
         _missing = _reason.read_text().strip()
     elif os.environ.get("MODREG_FAST_SKIP_NATIVE") == "1":

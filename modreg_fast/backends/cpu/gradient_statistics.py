@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.cpu.softmax_fisher import readable
+from modreg_fast.backends.cpu.layout import empty_in_layout, in_layout, layout_of
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 
 
@@ -11,17 +11,10 @@ def _prepared(
     grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """What the kernels read: gradient and feature in one layout, values in the accumulation type of their tensor."""
-    grads = [readable(g) for g in grads]
-    features = [_in_layout_of(g, e) for g, e in zip(grads, features, strict=True)] if features else []
+    grads = [in_layout(g) for g in grads]
+    features = [in_layout(e, layout_of(g)) for g, e in zip(grads, features, strict=True)] if features else []
     values = [f.to(accumulation_dtype([g])).contiguous() for g, f in zip(grads, values, strict=True)] if values else []
     return grads, features, values, [m.contiguous() for m in masks]
-
-
-def _in_layout_of(g: Tensor, e: Tensor) -> Tensor:
-    pixels_contiguous = g.stride(2) == 1
-    if e.stride(2 if pixels_contiguous else 1) == 1:
-        return e
-    return e.contiguous() if pixels_contiguous else e.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def forward(
@@ -67,7 +60,8 @@ def backward(
     def map_grads(maps: list[Tensor]) -> list[Tensor]:
         return [x.to(accumulation_dtype([g])).contiguous() for g, x in zip(grads, maps, strict=True)] if maps else []
 
-    to_grads, to_features, to_values = ([torch.empty_like(x) for x in tensors] for tensors in (grads, features, values))
+    to_grads, to_features = ([empty_in_layout(x, layout_of(g)) for x, g in zip(xs, grads)] for xs in (grads, features))
+    to_values = [torch.empty_like(f) for f in values]
     torch.ops.modreg_fast_native.gradient_statistics_backward(
         (grad_fisher.double() / counts if values else grad_fisher.double()).contiguous(),
         attribution_weight.contiguous(),

@@ -3,19 +3,20 @@
 import torch
 from torch import Tensor
 
+from modreg_fast.backends.cpu.layout import empty_in_layout, in_layout, layout_of
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 
 _MOST_MODALITIES = 64
 
 
-def readable(x: Tensor) -> Tensor:
-    """``(B, C, P)`` with contiguous pixels or contiguous channels: ``x`` itself, or a contiguous copy."""
-    in_place = x.stride(2) == 1 or x.stride(1) == 1 or x.shape[2] == 1 or x.shape[1] == 1
-    return x if in_place else x.contiguous()
-
-
 def forward(
-    features: list[Tensor], masks: list[Tensor], present: Tensor | None, sigma: list[float], samples: int, seed: Tensor | None, eps: float
+    features: list[Tensor],
+    masks: list[Tensor],
+    present: Tensor | None,
+    sigma: list[float],
+    samples: int,
+    seed: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     if len(sigma) > _MOST_MODALITIES:
         raise ValueError(f"softmax_fisher: backend 'cpu' takes at most {_MOST_MODALITIES} modalities, got {len(sigma)}")
@@ -23,7 +24,7 @@ def forward(
     information = features[0].new_empty((len(sigma), scales, batch), dtype=accumulation_dtype(features))
     counts = features[0].new_empty((scales, batch), dtype=torch.int64)
     torch.ops.modreg_fast_native.softmax_fisher_forward(
-        [readable(x) for x in features], _contiguous(masks), _flat(present), sigma, samples, seed, eps, information, counts
+        [in_layout(x) for x in features], _contiguous(masks), _flat(present), sigma, samples, seed, eps, information, counts
     )
     return information, counts
 
@@ -40,8 +41,8 @@ def backward(
     detach_reference: bool,
     eps: float,
 ) -> list[Tensor]:
-    features = [readable(x) for x in features]
-    gradients = [torch.empty_like(x) for x in features]
+    features = [in_layout(x) for x in features]
+    gradients = [empty_in_layout(x, layout_of(x)) for x in features]
     weight = (grad.double() / (counts.clamp(min=1) * samples)).contiguous()
     torch.ops.modreg_fast_native.softmax_fisher_backward(
         weight, features, _contiguous(masks), _flat(present), sigma, samples, seed, detach_reference, eps, gradients

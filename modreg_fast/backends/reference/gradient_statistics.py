@@ -13,7 +13,7 @@ from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype, ke
 
 
 def _validity(g: Tensor, masks: list[Tensor], k: int) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
-    """Where tensor ``k`` counts, as ``(B, P)`` and as ``(B, 1, P)`` (None for everywhere), and the count per sample, at least one."""
+    """Where tensor ``k`` counts, as ``(B, P)`` and ``(B, 1, P)`` (None: everywhere), and the count per sample, at least one."""
     if not masks:
         return None, None, g.shape[2]
     return masks[k], masks[k][:, None], masks[k].sum(1, keepdim=True).clamp(min=1)
@@ -71,8 +71,8 @@ def backward(
     masks: list[Tensor],
     eps: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients with respect to ``grads``, ``features`` and ``values``. With ``u`` the upstream weight of ``fisher_map`` and ``v`` that
-    of ``sum_c (g e)^2``, per pixel (the square roots put ``1 / (2 a)`` into ``v``; 0 where the attribution ``a`` is 0)::
+    """Gradients with respect to ``grads``, ``features`` and ``values``. With ``u`` the upstream weight of ``fisher_map`` and ``v``
+    that of ``sum_c (g e)^2``, per pixel (the square roots put ``1 / (2 a)`` into ``v``; 0 where the attribution ``a`` is 0)::
 
         dg = 2 u / (f + eps) g + 2 v g e^2        de = 2 v g^2 e        df = -u sum_c g^2 / (f + eps)^2
 

@@ -21,7 +21,9 @@ def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     return (high_half + (low_half >> 16)) >> 16, (a * constant) & _WORD
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32; words are int64 tensors that hold 32 bits each."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -49,4 +51,9 @@ def standard_normal(shape: torch.Size, *, seed: Tensor, tensor: int, draw: int, 
     constant = torch.zeros_like(g)
     words = philox4x32((g & _WORD, g >> 32, constant + tensor, constant + draw), (seed & _WORD, (seed >> 32) & _WORD))
     normals = (*_box_muller(words[0], words[1], dtype), *_box_muller(words[2], words[3], dtype))
-    return torch.stack(normals).view(4, samples, blocks, pixels).permute(1, 2, 0, 3).reshape(samples, 4 * blocks, pixels)[:, :channels]
+    return (
+        torch.stack(normals)
+        .view(4, samples, blocks, pixels)
+        .permute(1, 2, 0, 3)
+        .reshape(samples, 4 * blocks, pixels)[:, :channels]
+    )

@@ -81,9 +81,15 @@ def _scale_terms(
 
 
 def forward(
-    features: list[Tensor], masks: list[Tensor], present: Tensor | None, sigma: list[float], samples: int, seed: Tensor | None, eps: float
+    features: list[Tensor],
+    masks: list[Tensor],
+    present: Tensor | None,
+    sigma: list[float],
+    samples: int,
+    seed: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """``features``: ``M * S`` tensors ``(B, C_s, P_s)``, modality first; ``masks``: none, or ``S`` bool tensors ``(B, P_s)``;
+    """``features``: ``M * S`` tensors ``(B, C_s, P_s)``, modality first; ``masks``: none, or ``S`` bool ``(B, P_s)``;
     ``present``: ``(B, M)`` bool. Returns ``information (M, S, B)`` and ``counts (S, B)``, the number of valid pixels."""
     modalities, batch = len(sigma), features[0].shape[0]
     scales = len(features) // modalities

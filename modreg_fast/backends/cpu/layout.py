@@ -1,0 +1,31 @@
+"""The two memory layouts that the kernels read and write in place; everything else is copied once."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Layout = Literal["pixels", "channels"]
+
+
+def layout_of(x: Tensor) -> Layout | None:
+    """Of ``(B, C, P)``: contiguous pixels, contiguous channels (channels last, tokens, and vectors without pixels), or neither."""
+    _, channels, pixels = x.shape
+    if (pixels > 1 and x.stride(2) == 1) or channels == pixels == 1:
+        return "pixels"
+    return "channels" if channels > 1 and x.stride(1) == 1 else None
+
+
+def in_layout(x: Tensor, layout: Layout | None = None) -> Tensor:
+    """``x`` where it has the layout (or, by default, any of the two), else a dense copy."""
+    own = layout_of(x)
+    if own is not None and layout in (None, own):
+        return x
+    return empty_in_layout(x, layout or layout_of(x.contiguous())).copy_(x)
+
+
+def empty_in_layout(x: Tensor, layout: Layout | None) -> Tensor:
+    """A dense tensor like ``x`` in the layout."""
+    batch, channels, pixels = x.shape
+    if layout == "channels":
+        return x.new_empty((batch, pixels, channels)).transpose(1, 2)
+    return x.new_empty((batch, channels, pixels))
