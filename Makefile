@@ -1,0 +1,53 @@
+# `make test` and `make demo` work on a fresh machine with python3 (3.10 or newer), a C++ compiler and make: each sets up .venv first.
+
+PYTHON ?= python3
+TORCH  := torch==2.13.0
+TRITON := triton==3.7.1
+
+BIN     := .venv/bin
+TOOLS   := .venv/.tools-ready
+READY   := .venv/.package-ready
+SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+# The build calls ninja by name.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help test test-all demo lint format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+test: lint  ## linters, type checker, and the tests that are not marked slow
+	$(BIN)/python -m pytest
+
+test-all: lint  ## the same with the slow tests
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+demo: $(READY)  ## train on real data and print the table of the README
+	$(BIN)/modreg-fast demo
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove builds and caches; .venv stays
+	rm -rf build dist *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# torch first and by exact version: the package is then built against it, and nothing that follows may bring another.
+$(TOOLS): Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH) $(TRITON) 'setuptools>=77' wheel ninja pybind11 numpy
+	touch $@
+
+# Without build isolation, because an isolated build would download torch once more. A changed source builds again.
+$(READY): $(TOOLS) $(SOURCES)
+	MODREG_FAST_BUILD_HARNESS=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' $(TORCH) $(TRITON)
+	$(BIN)/modreg-fast info
+	touch $@
