@@ -340,7 +340,7 @@ def _same_length(x: object, grads: Sequence[Tensor], function: str, argument: st
 def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
     r"""Functional entropy :math:`\operatorname{Ent}(f) = E[f \log f] - E[f] \log E[f] \ge 0` of samples of a non-negative function.
 
-    Computed as :math:`E[f \log(f / E f)]`, in which nothing large cancels. For Gaussian samples
+    Computed as :math:`E f \cdot E[r \log r - r + 1]` with :math:`r = f / E f`, a sum of non-negative terms. For Gaussian samples
     :math:`\operatorname{Ent}(f) \le \tfrac{\sigma^2}{2} E[\lVert \nabla f \rVert^2 / f]` (log-Sobolev; Gat et al., NeurIPS 2020).
 
     Args:
@@ -357,8 +357,8 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
     validate.tensor(f, "functional_entropy", "f")
     dim = dim if isinstance(dim, int) else tuple(dim)
     mean = f.mean(dim, keepdim=True)
-    ratio = f / torch.where(mean == 0, 1, mean)
-    return (mean * (torch.special.xlogy(ratio, ratio) - ratio + 1)).mean(dim)
+    ratio = torch.where(f == 0, 1, f / torch.where(mean == 0, 1, mean))
+    return (mean * torch.where(f == 0, 1, ratio * ratio.log() - ratio + 1)).mean(dim)
 
 
 def modality_share(attribution: Tensor) -> Tensor:
