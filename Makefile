@@ -13,7 +13,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all demo lint format clean
+.PHONY: help test test-all demo bench lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,9 @@ test-all: lint  ## the same with the slow tests
 
 demo: $(READY)  ## train on real data and print the table of the README
 	$(BIN)/modreg-fast demo
+
+bench: $(READY)  ## time and memory against eager PyTorch and torch.compile
+	$(BIN)/modreg-fast bench --output bench_output
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

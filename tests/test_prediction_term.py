@@ -211,7 +211,7 @@ def test_means_of_16_bit_maps_keep_their_digits(backend, dtype, granularity, siz
     if granularity == "sample":
         information = 2 / keep.sum() ** 2 * keep.sum() / (exact.sum() / keep.sum() + EPS)
     else:
-        blocks = [x.reshape(-1, 100, max(size[1:] + (1,)), 100).sum((1, 3)) if size else x.sum() for x in (keep, exact)]
+        blocks = [x.reshape(-1, 100, size[1], 100).sum((1, 3)) if size else x.sum() for x in (keep, exact)]
         # Each coarse gradient is the number of valid positions below it, rounded to the storage type by autograd.
         information = (2 * blocks[0].to(dtype).double().square() / (blocks[1] / blocks[0] + EPS)).mean()
     loss = mrf.FunctionalEntropyLoss(prediction_weight=1.0, backend=backend)

@@ -59,7 +59,7 @@ def test_every_shape(backend, shapes, modalities, dtype):
 @pytest.mark.parametrize("detach_reference", [False, True])
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("with_present", [False, True])
-@pytest.mark.parametrize("sigma, samples", [(0.0, 1), (0.5, 3), ([0.0, 1.5, 0.1], 2)])
+@pytest.mark.parametrize("sigma, samples", [(0.0, 1), (0.5, 3), ([0.0, 1.5, 0.1], 2), ([0.0, 1.5, 0.0], 2)])
 def test_every_option(backend, dtype, detach_reference, with_mask, with_present, sigma, samples):
     shapes = [(3, 5, 4, 6), (3, 8, 2, 1)]
     check(

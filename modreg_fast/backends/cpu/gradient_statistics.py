@@ -60,7 +60,7 @@ def backward(
     def map_grads(maps: list[Tensor]) -> list[Tensor]:
         return [x.to(accumulation_dtype([g])).contiguous() for g, x in zip(grads, maps, strict=True)] if maps else []
 
-    to_grads, to_features = ([empty_in_layout(x, layout_of(g)) for x, g in zip(xs, grads)] for xs in (grads, features))
+    to_grads, to_features = ([empty_in_layout(x, layout_of(x)) for x in tensors] for tensors in (grads, features))
     to_values = [torch.empty_like(f) for f in values]
     torch.ops.modreg_fast_native.gradient_statistics_backward(
         (grad_fisher.double() / counts if values else grad_fisher.double()).contiguous(),

@@ -1,0 +1,127 @@
+"""Who computes a case: inputs, and one function from inputs to outputs per provider. Everything else treats providers alike."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from modreg_fast import functional
+from modreg_fast.backends.reference import gradient_statistics, softmax_fisher
+from modreg_fast.bench.cases import DTYPES, Case
+
+Function = Callable[[Sequence[Tensor]], list[Tensor]]
+
+_EPS = 1e-8
+
+
+def make_inputs(case: Case) -> list[Tensor]:
+    """Leaves that require grad. ``softmax_fisher``: the features, modality first; ``gradient_statistics``: gradients,
+    features and values, in this order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(size: tuple[int, ...]) -> Tensor:
+        x = torch.randn(size, generator=generator).to(DTYPES[case.dtype])
+        return x.contiguous(memory_format=torch.channels_last) if case.layout == "channels" and x.dim() == 4 else x
+
+    shape = case.shape
+    leaves = [random(size) for _ in range(shape.modalities) for size in shape.sizes]
+    if case.op == "gradient_statistics":
+        leaves += [random(size) for _ in range(shape.modalities) for size in shape.sizes]
+        leaves += [
+            torch.rand(shape.spatial(size), generator=generator) + 0.1 for _ in range(shape.modalities) for size in shape.sizes
+        ]
+    return [x.requires_grad_() for x in leaves]
+
+
+def make_upstream(case: Case) -> list[Tensor]:
+    """Positive weights in the shapes of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    m, s, b = case.shape.modalities, len(case.shape.sizes), case.shape.batch
+    shapes = [(m, s, b)] if case.op == "softmax_fisher" else [(m * s, b)] * 2
+    return [torch.rand(shape, generator=generator) + 0.5 for shape in shapes]
+
+
+def build(provider: str, case: Case) -> Function:
+    """The function of a provider: a baseline, or a backend of this package."""
+    if provider == "eager":
+        return public(case, "reference")
+    if provider == "compile":
+        torch.compiler.reset()  # one set of static shapes at a time, or the limit of recompilations strikes
+        return torch.compile(_plain_formula(case), fullgraph=True, dynamic=False)
+    if provider == "gat":
+        return _gat(case)
+    return public(case, provider)
+
+
+def public(case: Case, backend: str) -> Function:
+    """The public function on a backend."""
+    shape = case.shape
+    noise = {"sigma": 1.0, "samples": case.samples, "seed": 0} if case.samples else {}
+
+    def softmax_fisher_information(leaves: Sequence[Tensor]) -> list[Tensor]:
+        features = _rows(leaves, len(shape.sizes))
+        return [
+            functional.softmax_fisher_information(features, channel_dim=shape.channel_dim, eps=_EPS, backend=backend, **noise)  # type: ignore[arg-type]
+        ]
+
+    def statistics(leaves: Sequence[Tensor]) -> list[Tensor]:
+        result = functional.gradient_statistics(
+            *_rows(leaves, len(leaves) // 3), channel_dim=shape.channel_dim, eps=_EPS, backend=backend
+        )
+        assert result.fisher is not None and result.attribution is not None
+        return [result.fisher, result.attribution]
+
+    return softmax_fisher_information if case.op == "softmax_fisher" else statistics
+
+
+def _plain_formula(case: Case) -> Function:
+    """The definition in plain PyTorch without the custom op: the compiler sees through it and derives the backward pass."""
+    shape = case.shape
+
+    def softmax_fisher_information(leaves: Sequence[Tensor]) -> list[Tensor]:
+        features = [_pixels_last(x, shape.channel_dim) for x in leaves]
+        return [softmax_fisher.forward(features, [], None, [0.0] * shape.modalities, 1, None, _EPS)[0]]
+
+    def statistics(leaves: Sequence[Tensor]) -> list[Tensor]:
+        grads, features, values = _rows(leaves, len(leaves) // 3)
+        grads, features = ([_pixels_last(x, shape.channel_dim) for x in tensors] for tensors in (grads, features))
+        return list(
+            gradient_statistics.forward(grads, features, [f.reshape(f.shape[0], -1) for f in values], [], _EPS, False)[:2]
+        )
+
+    return softmax_fisher_information if case.op == "softmax_fisher" else statistics
+
+
+def _gat(case: Case) -> Function:
+    """The public formula of Gat et al. (NeurIPS 2020) for the same quantity: the gradient inside it by autograd."""
+    shape = case.shape
+
+    def information(leaves: Sequence[Tensor]) -> list[Tensor]:
+        training = torch.is_grad_enabled()
+        scales = []
+        for s in range(len(shape.sizes)):
+            xs = [_pixels_last(x, shape.channel_dim).float() for x in leaves[s :: len(shape.sizes)]]
+            q = torch.softmax(sum(xs[1:], xs[0]) / len(xs), 1)
+            scales.append(torch.stack([_gat_term(x, q, training) for x in xs]))
+        return [torch.stack(scales, 1)]
+
+    return information
+
+
+def _gat_term(x: Tensor, q: Tensor, training: bool) -> Tensor:
+    with torch.enable_grad():
+        own = x.view_as(x) if training else x.detach().requires_grad_()  # not through q
+        f = -(q * torch.log_softmax(own, 1)).sum(1)
+        (g,) = torch.autograd.grad(f.sum(), own, create_graph=training)
+    f = f if training else f.detach()
+    return (g.square().sum(1) / (f + _EPS)).mean(1)
+
+
+def _pixels_last(x: Tensor, channel_dim: int) -> Tensor:
+    """``(B, C, P)``."""
+    x = x.movedim(channel_dim, 1)
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
+def _rows(tensors: Sequence[Tensor], length: int) -> list[list[Tensor]]:
+    return [list(tensors[i : i + length]) for i in range(0, len(tensors), length)]

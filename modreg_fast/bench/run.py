@@ -1,0 +1,61 @@
+"""The run behind the command: cases, one after the other, then tables, files, pictures and comparison."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from modreg_fast.bench import plots, report
+from modreg_fast.bench.cases import Case, select
+from modreg_fast.bench.measure import Copy, measure
+from modreg_fast.bench.results import Row, read_json, rows, write_csv, write_json
+
+_BUDGET, _QUICK_BUDGET = 1.0, 0.3  # seconds of rounds per case
+
+
+def run(
+    *,
+    only: Sequence[str] = (),
+    quick: bool = False,
+    threads: Sequence[int] | None = None,
+    output: Path | None = None,
+    compare: Path | None = None,
+) -> list[Row]:
+    """What the command does; the arguments are its options. Raises ValueError for a wrong one, before anything is measured."""
+    cases = select(only, quick)
+    counts = threads or [torch.get_num_threads()]
+    if min(counts) < 1:
+        raise ValueError(f"--threads must be at least 1, got {min(counts)}")
+    old = read_json(compare) if compare else None
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+
+    where = report.console()
+    measured = _measure(cases, counts, _QUICK_BUDGET if quick else _BUDGET)
+    report.print_run(measured, where)
+    if output:
+        write_csv(measured, output / "results.csv")
+        write_json(measured, output / "results.json")
+        report.print_files([output / "results.csv", output / "results.json", *plots.save(measured, output)], where)
+    if old is not None:
+        report.print_comparison(old, measured, where)
+    return measured
+
+
+def _measure(cases: list[Case], counts: Sequence[int], budget: float) -> list[Row]:
+    before = torch.get_num_threads()
+    copy = Copy()
+    measured: list[Row] = []
+    try:
+        with report.progress() as bar:
+            task = bar.add_task("", total=len(cases) * len(counts))
+            for case in cases:
+                for count in counts:
+                    bar.update(task, description=str(case))
+                    torch.set_num_threads(count)
+                    results, copying = measure(case, copy, budget=budget)
+                    measured += rows(case, results, copying, copy.bytes)
+                    bar.advance(task)
+    finally:
+        torch.set_num_threads(before)
+    return measured
