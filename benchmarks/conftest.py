@@ -14,6 +14,10 @@ from modreg_fast.bench.providers import build, make_inputs, make_upstream
 TimePass = Callable[[Case, str, str], None]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # torch's own, when torch.compile starts
+
+
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """``bench_*.py`` in this folder; a file named on the command line is collected anyway."""
     if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):

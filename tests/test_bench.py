@@ -173,6 +173,7 @@ def test_formula_given_to_the_compiler(op, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_formula(op):
     for row in rows_of(Case(op, TINY, providers=("eager", "compile"))):

@@ -84,11 +84,12 @@ def backward(
         g = keep(original.to(dtype), valid_channels)
         total = torch.zeros_like(g)
         if values:
-            # A pixel that does not count has g = 0, so any finite f gives it zero gradients.
+            # A pixel that does not count has g = u = v = 0, so any finite f gives it zero gradients.
             f = keep(values[k].to(dtype), valid) + (eps if valid is None else torch.where(valid, eps, 1.0))
             u = grad_fisher[k, :, None] / count
             if grad_fisher_maps:
                 u = u + grad_fisher_maps[k]
+            u = keep(u, valid)
             total = total + (2 * u / f)[:, None] * g
             to_values.append((-u * g.square().sum(1) / f.square()).to(values[k].dtype))
         if features:
@@ -96,6 +97,7 @@ def backward(
             v = _divide(grad_attribution[k], 2 * attribution[k])[:, None]
             if grad_attribution_maps:
                 v = v + _divide(grad_attribution_maps[k], 2 * _sqrt((g * e).square().sum(1)))
+            v = keep(v, valid)
             total = total + 2 * v[:, None] * g * e.square()
             to_features.append((2 * v[:, None] * g.square() * e).to(features[k].dtype))
         to_grads.append(total.to(original.dtype))

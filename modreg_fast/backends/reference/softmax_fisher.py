@@ -56,6 +56,7 @@ def _scale_terms(
     samples: int,
     seed: Tensor | None,
     eps: float,
+    detach_reference: bool = False,
 ) -> tuple[Tensor, Tensor | int, Iterator[_Term]]:
     """The reference ``q``, the number of present modalities ``(B, 1, 1)`` and the terms of scale ``s``."""
     modalities = len(sigma)
@@ -63,7 +64,7 @@ def _scale_terms(
     xs = [keep(x, valid[m]) for m, x in enumerate(features[s::scales])]
     count = modalities if present is None else present.sum(1).clamp(min=1)[:, None, None]
     log_q = torch.log_softmax(sum(xs[1:], xs[0]) / count, dim=1)
-    q = log_q.exp()
+    q = log_q.exp().detach() if detach_reference else log_q.exp()
 
     def terms() -> Iterator[_Term]:
         for m, x in enumerate(xs):
@@ -136,7 +137,7 @@ def backward(
     for s in range(scales):
         weight = (grad[:, s] / (counts[s].clamp(min=1) * samples))[:, :, None, None]
         valid = _validity(masks, present, s, modalities)
-        q, count, terms = _scale_terms(wide, s, valid, present, sigma, samples, seed, eps)
+        q, count, terms = _scale_terms(wide, s, valid, present, sigma, samples, seed, eps, detach_reference)
         own = [torch.zeros_like(q) for _ in range(modalities)]
         pull = torch.zeros_like(q)  # sum over modalities and draws of the bracket in dI/dR
         for m, p, log_p, d, n, f in terms:
