@@ -25,7 +25,7 @@ EXAMPLES = {
   modreg-fast demo                       three seeds, pictures in demo_output/
   modreg-fast demo --seeds 5 --output runs/demo
   modreg-fast demo --quick               a few steps: does everything run?
-  modreg-fast demo --json > table.json   the results on stdout, the progress on stderr""",
+  modreg-fast demo --json > out.json     the results on stdout, the progress on stderr""",
     "bench": """examples:
   modreg-fast bench --output runs/today  the default set, under five minutes on two cores
   modreg-fast bench --only square        everything of one shape
@@ -127,8 +127,7 @@ def _demo(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     demo.report.show(results, console)
-    files = ", ".join(sorted(path.name for path in options.output.iterdir()))
-    console.print(f"\n{files} in {options.output}/, after {results['seconds']:.0f} seconds.", highlight=False)
+    console.print(f"\n{results['seconds']:.0f} seconds. The pictures and results.json are in {options.output}/", highlight=False)
     return 0
 
 

@@ -165,6 +165,8 @@ def _sigmas(sigma: float | Sequence[float], modalities: int, function: str) -> l
 
 def _draw_seed(seed: int | None, generator: torch.Generator | None, device: torch.device, function: str) -> Tensor:
     """An int64 scalar on ``device``; no synchronisation with the host when it comes from the device's own generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        validate.fail(function, "generator", "a torch.Generator", type(generator).__name__, TypeError)
     if seed is not None:
         if generator is not None:
             validate.fail(function, "seed", "None when generator is given", seed)

@@ -196,12 +196,15 @@ class FunctionalEntropyLoss(nn.Module):
         name = f"{type(self).__name__}.prediction_term"
         inputs = validate.modalities(inputs, name, "inputs")
         validate.tensor(values, name, "values")
+        if values.dim() == 0:
+            validate.fail(name, "values", "of shape (B, *spatial)", "()")
         if granularity not in ("pixel", "sample"):
             validate.fail(name, "granularity", "'pixel' or 'sample'", repr(granularity))
         if mask is not None:
             validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
             validate.same(mask, values, name, "mask", "values")
-        tensors = [_differentiable(x, name, f"inputs[{m!r}]") for m, x in inputs.items()]
+        tensors = [_differentiable(x, name, f"inputs[{m!r}]", len(values)) for m, x in inputs.items()]
+        values = values.to(torch.promote_types(values.dtype, torch.float32))  # sums over many positions
         masked = values if mask is None else torch.where(mask, values, 0)
         if granularity == "sample":
             masks = None if mask is None else [_count(mask) > 0] * len(tensors)
@@ -319,13 +322,16 @@ class AttributionLoss(nn.Module):
         """
         name = type(self).__name__
         features = validate.modalities(features, name, "features")
+        self._check_names(list(features), name)
+        validate.tensor(scores, name, "scores")
+        if scores.dim() < 2:
+            validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
         flat = [
-            _differentiable(x, name, f"features[{m!r}][{s}]")
+            _differentiable(x, name, f"features[{m!r}][{s}]", len(scores))
             for m, row in zip(features, scales, strict=True)
             for s, x in enumerate(row)
         ]
-        self._check_names(list(features), name)
         score = _selected_score(scores, index, mask, name)
         attribution = gradient_statistics(
             _gradients(score, flat, name),
@@ -382,8 +388,10 @@ def _l2_pool(x: Tensor) -> Tensor:
     return x[0] if x.shape[0] == 1 else torch.linalg.vector_norm(x, dim=0)
 
 
-def _differentiable(x: object, function: str, argument: str) -> Tensor:
+def _differentiable(x: object, function: str, argument: str, batch: int) -> Tensor:
     x = validate.tensor(x, function, argument)
+    if x.dim() < 2 or len(x) != batch:
+        validate.fail(function, argument, f"of shape (B, C, *spatial) with batch size {batch}", validate.shape(x))
     if not x.requires_grad:
         validate.fail(
             function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
@@ -402,9 +410,6 @@ def _gradients(score: Tensor, inputs: list[Tensor], name: str) -> list[Tensor]:
 
 def _selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str) -> Tensor:
     """Sum over valid positions of the score of the attributed class."""
-    validate.tensor(scores, name, "scores")
-    if scores.dim() < 2:
-        validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
     positions = scores[:, 0]
     if mask is not None:
         validate.tensor(mask, name, "mask", dtypes=(torch.bool,))

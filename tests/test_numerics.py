@@ -35,6 +35,8 @@ def plain(features, upstream, eps=oracle.EPS):
 def hard(case, modalities, shape=(2, 19, 12, 16)):
     """Inputs on which float32 is hard pressed, at one scale. A third modality lies between the other two."""
     x, y = torch.randn(shape), torch.randn(shape)
+    winner = torch.zeros(shape)
+    winner[:, 3] = 1
     pair = {
         "agree_1e-2": (x, x + 1e-2 * y),
         "agree_1e-4": (x, x + 1e-4 * y),
@@ -44,6 +46,8 @@ def hard(case, modalities, shape=(2, 19, 12, 16)):
         "one_hot_80": (160.0 * (x == x.amax(1, True)) - 80, 160.0 * (y == y.amax(1, True)) - 80),
         "one_hot_agree": (160.0 * (x == x.amax(1, True)) - 80, 150.0 * (x == x.amax(1, True)) - 75),
         "saturated_one": (x, 80 * y.sign()),
+        "confident": (x + 200 * winner, y),
+        "both_confident": (0.1 * x + 50 * winner, 0.1 * y + 200 * winner),
         "wide": (100 * x, 100 * y),
         "huge": (1e4 * x, 1e4 * y),
         "offset": (x + 1e4, y - 1e4),
@@ -52,18 +56,8 @@ def hard(case, modalities, shape=(2, 19, 12, 16)):
     return [*pair, (pair[0] + pair[1]) / 2][:modalities]
 
 
-HARD = [
-    "agree_1e-2",
-    "agree_1e-4",
-    "agree_1e-6",
-    "agree_far_out",
-    "saturated_80",
-    "one_hot_80",
-    "one_hot_agree",
-    "saturated_one",
-    "wide",
-]
-HARD += ["huge", "offset", "constant"]
+HARD = ["agree_1e-2", "agree_1e-4", "agree_1e-6", "agree_far_out", "saturated_80", "one_hot_80", "one_hot_agree", "saturated_one"]
+HARD += ["confident", "both_confident", "wide", "huge", "offset", "constant"]
 
 
 @pytest.mark.parametrize("channels", [2, 3, 19, 150, 1024])

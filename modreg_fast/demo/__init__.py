@@ -1,7 +1,6 @@
 """What the losses do, on a real scene: trains a network plainly, with functional entropy and with attribution, and reports."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def _run(output: Path, seeds: int, quick: bool, console: Console) -> dict[str, A
     pictures.save(output, scene, split, maps, results)
     results["seconds"] = round(time.perf_counter() - start, 1)
     results["happened"] = report.sentences(results)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + os.linesep)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
