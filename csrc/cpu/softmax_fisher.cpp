@@ -126,8 +126,9 @@ class Group {
   }
 
   // The exponentials of two modalities without noise and of their mean, from two exponentials instead of three:
-  // with h = exp((y - top) / 2), e = h^2 and e_R = h_0 h_1 up to a factor per pixel. False where, at a valid pixel, the modalities disagree so
-  // widely that the largest e_R comes near underflow; then reference() and exponentials() must do it.
+  // with h = exp((y - top) / 2), e = h^2 and e_R = h_0 h_1 up to a factor per pixel. False where a valid pixel needs reference() and
+  // exponentials() instead: the modalities disagree so widely that the largest e_R comes near underflow, or they agree so confidently
+  // that f is near 0 and magnifies the last bit of q, which that factor costs.
   __attribute__((noinline)) bool exponentials_of_pair(Draw<T>& s0, Draw<T>& s1, const Valid<T>& valid) {
     s0.e = gradients(0, 2);
     s1.e = gradients(1, 2);
@@ -135,7 +136,7 @@ class Group {
     T *e_0 = s0.e, *e_1 = s1.e, *e_r = e_reference();
     const Vectors<T> top0 = s0.top, top1 = s1.top;
     Vectors<T> sum0, sum1, sum, distance0, distance1;
-    bool representable = true;
+    bool exact = true;
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
@@ -152,12 +153,13 @@ class Group {
       prefetcher_.step();
     }
     for (int v = 0; v < kVectors<T>; ++v) {
-      representable = representable && all_lanes<T>(~valid.lanes[v] | ~(sum[v] < T(1e-20)));
       inverse_reference_[v] = T(1) / sum[v];
       normalize(s0, v, sum0[v], distance0[v]);
       normalize(s1, v, sum1[v], distance1[v]);
+      const I<T> tiny = sum[v] < T(1e-20), confident = (s0.cross_entropy[v] < T(0.0625)) | (s1.cross_entropy[v] < T(0.0625));
+      exact = exact && all_lanes<T>(~valid.lanes[v] | ~(tiny | confident));
     }
-    return representable;
+    return exact;
   }
 
   // The sums of d^2 and p d. Equal modalities give d = 0 exactly.
@@ -286,8 +288,10 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
       if (!pair && count > 0) group.reference(count);
       for (int a = 0; a < count; ++a) {
         const int m = active[a], k = m * problem.scales + scale;
+        const int different = problem.sigma[m] > 0 ? problem.draws : 1;  // without noise every draw is the same
+        const T repeats = T(problem.draws / different);
         Draw<T>& s = draws[a];
-        for (int draw = 0; draw < problem.draws; ++draw) {
+        for (int draw = 0; draw < different; ++draw) {
           if (problem.sigma[m] > 0) {
             const int64_t g0 = unit.sample * ((tiling.channels + 3) / 4) * tiling.pixels + pixel;
             group.add_noise(group.features(a), problem.sigma[m], k, draw, g0, tiling.pixels, s.top);
@@ -296,11 +300,11 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, int64_t index, T* 
           if (!pair) group.exponentials(s);
           group.moments(s);
           if constexpr (Backward) {
-            const T weight = T(problem.weight[k * problem.batch + unit.sample]);
+            const T weight = T(problem.weight[k * problem.batch + unit.sample]) * repeats;
             group.gradient(s, weight, group.gradients(a, count), draw == 0, a == 0 && draw == 0);
           } else {
             for (int v = 0; v < kVectors<T>; ++v)
-              sums[m] += select<T>(valid.lanes[v], s.n[v] / (s.cross_entropy[v] + T(problem.eps)), V<T>{});
+              sums[m] += select<T>(valid.lanes[v], repeats * s.n[v] / (s.cross_entropy[v] + T(problem.eps)), V<T>{});
           }
         }
       }
