@@ -8,13 +8,14 @@ from modreg_fast.bench.results import Row
 from modreg_fast.bench.shapes import SHAPES, SWEEP
 
 
+_Found = dict[tuple[str | int, ...], Row]  # by key
+
+
 def figures(rows: list[Row]) -> list[tuple[str, str]]:
     """Description and value of every figure of our backends that the rows allow."""
     found = {row.key: row for row in rows}
     own = [row for row in rows if row.provider not in BASELINES]
-    described = (
-        [_bfloat16(row, found) for row in own] + [_draws(row, found) for row in own] + [_threads(row, found) for row in own]
-    )
+    described = [figure(row, found) for figure in (_bfloat16, _draws, _threads) for row in own]
     return [figure for figure in described if figure] + list(_sweep(own))
 
 
@@ -22,28 +23,28 @@ def _name(row: Row) -> str:
     return f"{row.provider} {row.op} {row.mode}, {row.shape}"
 
 
-def _bfloat16(row: Row, found: dict[tuple[str | int, ...], Row]) -> tuple[str, str] | None:
+def _bfloat16(row: Row, found: _Found) -> tuple[str, str] | None:
     other = found.get(replace(row, dtype="float32").key)
     if row.dtype != "bfloat16" or other is None:
         return None
-    return f"{_name(row)}: bfloat16 is faster than float32", f"{other.median_ms / row.median_ms:.2f}x"
+    return f"{_name(row)}: speed in bfloat16 over float32", f"{other.median_ms / row.median_ms:.2f}x"
 
 
-def _draws(row: Row, found: dict[tuple[str | int, ...], Row]) -> tuple[str, str] | None:
+def _draws(row: Row, found: _Found) -> tuple[str, str] | None:
     other = found.get(replace(row, samples=1).key)
     if row.samples < 2 or other is None:
         return None
     return (
-        f"{_name(row)}: time of {row.samples} noise draws, of as many passes",
+        f"{_name(row)}: time of {row.samples} noise draws over {row.samples} passes",
         f"{row.median_ms / (row.samples * other.median_ms):.2f}",
     )
 
 
-def _threads(row: Row, found: dict[tuple[str | int, ...], Row]) -> tuple[str, str] | None:
+def _threads(row: Row, found: _Found) -> tuple[str, str] | None:
     other = found.get(replace(row, threads=1).key)
     if row.threads == 1 or other is None:
         return None
-    return f"{_name(row)}: {row.threads} threads are faster than 1", f"{other.median_ms / row.median_ms:.2f}x"
+    return f"{_name(row)}: speed with {row.threads} threads over 1", f"{other.median_ms / row.median_ms:.2f}x"
 
 
 def _sweep(rows: list[Row]) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from modreg_fast.bench.providers import Function, build, make_inputs, make_upstr
 
 _COPY_ELEMENTS = 2**27  # 512 MiB of float32
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 30
-_SHORT = 2.0  # seconds
+_SHORT = 2.0  # seconds: the largest gradients, fresh, take up to half a second more after a pause
 
 
 @dataclass
@@ -138,8 +138,8 @@ def measure(case: Case, copy: Copy, *, budget: float, turn: float = 0.2) -> tupl
 
 
 def _take_turn(call: Callable[[], dict[str, float]], seconds: float) -> list[dict[str, float]]:
-    """Times of the calls of a turn, at least one. A first call that is short does not count: caches and the system's free memory have
-    gone cold since the last turn, which a training loop does not see (a long call is mostly past that)."""
+    """Times of the calls of a turn, at least one. A short first call does not count: since the last turn the caches have gone cold and
+    the system may have taken back free memory, which a training loop does not see. A long call does not notice."""
     start = time.perf_counter()
     calls = [call()]
     end = time.perf_counter()

@@ -46,7 +46,7 @@ def _table(op: str, rows: list[Row]) -> Table:
     table.add_column("shape")
     table.add_column("mode")
     table.add_column("provider")
-    for heading in ("ms", "± IQR", "x eager", "x compile", "MB", "GB/s", "of copy", "peak MB", "of inputs", "rel. error"):
+    for heading in ("ms", "± IQR", "x eager", "x compile", "MB moved", "GB/s", "of copy", "peak MB", "of inputs", "rel. error"):
         table.add_column(heading, justify="right", no_wrap=True)
     several = len({row.threads for row in rows}) > 1
     for _, of_case in groupby(rows, key=lambda row: (row.case, row.threads)):

@@ -15,6 +15,7 @@ import torch
 import modreg_fast
 from modreg_fast.bench.cases import MODES, Case
 from modreg_fast.bench.measure import Result, Timing
+from modreg_fast.bench.shapes import SHAPES
 
 _KEY = ("op", "shape", "modalities", "dtype", "layout", "samples", "threads", "mode", "provider")
 
@@ -63,9 +64,10 @@ class Row:
     @property
     def case(self) -> str:
         """The shape, and whatever is not the ordinary case."""
+        natural = SHAPES[self.shape].layouts[0] if self.shape in SHAPES else "pixels"
         extras = [
             self.dtype if self.dtype != "float32" else "",
-            "channels last" if self.layout == "channels" and self.shape not in ("heads", "tokens") else "",
+            "channels last" if self.layout != natural else "",
             f"{self.samples} noise draw{'s' if self.samples > 1 else ''}" if self.samples else "",
         ]
         return ", ".join([self.shape, *filter(None, extras)])
