@@ -7,7 +7,6 @@ from modreg_fast.bench.cases import BASELINES
 from modreg_fast.bench.results import Row
 from modreg_fast.bench.shapes import SHAPES, SWEEP
 
-
 _Found = dict[tuple[str | int, ...], Row]  # by key
 
 

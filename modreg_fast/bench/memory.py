@@ -2,6 +2,7 @@
 
 Torch's tensors are what it sees; the scratch of a native kernel, allocated per thread outside of torch, is not among them."""
 
+import gc
 import os
 from collections.abc import Callable
 from itertools import accumulate
@@ -16,6 +17,7 @@ T = TypeVar("T")
 
 def allocations(call: Callable[[], T]) -> tuple[T, list[int]]:
     """The result, and the bytes allocated (positive) and released (negative), in order."""
+    gc.collect()  # or tensors of an earlier record, left in reference cycles, are released within this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
