@@ -70,13 +70,13 @@ def same(x: Tensor, other: Tensor, function: str, argument: str, reference: str)
         fail(function, argument, f"on the device {other.device} of {reference}", x.device)
 
 
-def number(x: object, function: str, argument: str, *, least: float = 0.0, positive: bool = False) -> float:
-    """A finite number that is at least ``least`` (above it, if ``positive``)."""
+def number(x: object, function: str, argument: str) -> float:
+    """A finite number of at least 0."""
     if isinstance(x, bool) or not isinstance(x, Real):
         fail(function, argument, "a number", type(x).__name__, TypeError)
     value = float(x)
-    if not (value > least if positive else value >= least) or value == float("inf"):
-        fail(function, argument, f"a finite number {'above' if positive else 'of at least'} {least:g}", x)
+    if not 0 <= value < float("inf"):
+        fail(function, argument, "a finite number of at least 0", x)
     return value
 
 

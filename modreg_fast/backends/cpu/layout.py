@@ -24,8 +24,8 @@ def in_layout(x: Tensor, layout: Layout | None = None) -> Tensor:
 
 
 def empty_in_layout(x: Tensor, layout: Layout | None) -> Tensor:
-    """A dense tensor like ``x`` in the layout."""
+    """A dense tensor like ``x`` in the layout; with the strides of ``torch.empty_like``, so that no one copies it once more."""
     batch, channels, pixels = x.shape
-    if layout == "channels":
+    if layout == "channels" and pixels > 1:
         return x.new_empty((batch, pixels, channels)).transpose(1, 2)
     return x.new_empty((batch, channels, pixels))
