@@ -95,32 +95,45 @@ constexpr int64_t kTileBytes = 256 << 10;
 
 // Cuts tensors (one per tiling, `tensors_per_pixel` of its kind read together) into units; returns the number of units.
 int64_t divide(const Tensor* tensors, int count, const Tensors& masks, int tensors_per_pixel, int64_t most_pixels,
-               std::vector<Tiling>& tilings) {
-  int64_t units = 0;
+               bool samples_as_pixels, std::vector<Tiling>& tilings) {
+  int64_t units = 0, slots = 0;
   for (int t = 0; t < count; ++t) {
     const Tensor& x = tensors[t];
-    const int64_t channels = x.size(1), pixels = x.size(2);
-    const int64_t bytes_per_pixel = channels * tensors_per_pixel * int64_t(x.element_size());
+    Tiling tiling{};
+    tiling.dtype = dtype_of(x);
+    tiling.samples_as_pixels = samples_as_pixels && x.size(2) == 1;
+    tiling.channels = x.size(1);
+    tiling.pixels = tiling.samples_as_pixels ? x.size(0) : x.size(2);
+    const int64_t bytes_per_pixel = tiling.channels * tensors_per_pixel * int64_t(x.element_size());
     // Multiples of 64 pixels: whole groups for every instruction set, and whole cache lines.
-    const int64_t tile = std::clamp<int64_t>(kTileBytes / bytes_per_pixel / 64 * 64, 64, most_pixels);
-    const int64_t tiles = (pixels + tile - 1) / tile;
-    const uint8_t* mask = masks.empty() ? nullptr : static_cast<const uint8_t*>(flat_view_of(masks[t]).data);
-    tilings.push_back({dtype_of(x), channels, pixels, tile, tiles, units, mask});
-    units += x.size(0) * tiles;
+    tiling.tile = std::clamp<int64_t>(kTileBytes / bytes_per_pixel / 64 * 64, 64, most_pixels);
+    tiling.tiles = (tiling.pixels + tiling.tile - 1) / tiling.tile;
+    tiling.first_unit = units;
+    tiling.first_slot = slots;
+    tiling.mask = masks.empty() ? nullptr : static_cast<const uint8_t*>(flat_view_of(masks[t]).data);
+    tilings.push_back(tiling);
+    units += tiling.samples_as_pixels ? tiling.tiles : x.size(0) * tiling.tiles;
+    slots += x.size(0) * (tiling.samples_as_pixels ? 1 : tiling.tiles);
   }
   return units;
 }
 
-// Gradients are fresh memory, and the kernel would clear it page by page, which costs more than computing them; huge pages where Linux
-// offers them on request make that several times cheaper.
-void advise_huge_pages(const Tensors& tensors) {
+// Gradients are fresh memory, which Linux clears page by page at the first write. Here in huge pages, where they are offered on request,
+// and by all threads, each its own pages: inside the kernel two threads would meet in every page, and one of them clears it in vain.
+void populate(const Tensors& tensors) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
+  constexpr int populate_write = 23;  // MADV_POPULATE_WRITE of Linux 5.14, unknown to older headers; an older kernel refuses it
+  std::vector<uintptr_t> pages;
   for (const Tensor& x : tensors) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(x.data_ptr());
-    const uintptr_t first = (start + page - 1) / page * page, last = (start + x.numel() * x.element_size()) / page * page;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(x.data_ptr()), end = start + x.numel() * x.element_size();
+    const uintptr_t first = (start + page - 1) / page * page;
+    if (first + page <= end) madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
+    for (uintptr_t at = first; at + page <= end; at += page) pages.push_back(at);
   }
+  torch::stable::parallel_for(0, int64_t(pages.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) madvise(reinterpret_cast<void*>(pages[i]), page, populate_write);
+  });
 #else
   (void)tensors;
 #endif
@@ -151,10 +164,11 @@ struct SoftmaxFisherCall {
     problem.modalities = int(sigma.size());
     problem.scales = int(inputs.size() / sigma.size());
     STD_TORCH_CHECK(problem.modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
-    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, 512, tilings);
+    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, 512, !present.has_value(), tilings);
     problem.draws = int(draws);
     problem.batch = inputs[0].size(0);
     problem.tilings = tilings.data();
+    fold(features);
     problem.features = features.data();
     problem.present = data_or_null<uint8_t>(present);
     problem.sigma = sigma.data();
@@ -163,21 +177,31 @@ struct SoftmaxFisherCall {
     for (const Tiling& tiling : tilings) most_channels = std::max(most_channels, tiling.channels);
   }
 
-  int64_t scratch_bytes() const { return mrf::softmax_fisher_rows(problem.modalities) * most_channels * mrf::kRowBytes; }
+  // Steps from sample to sample where samples are computed as pixels.
+  void fold(std::vector<View>& views) const {
+    for (size_t k = 0; k < views.size(); ++k)
+      if (tilings[k % tilings.size()].samples_as_pixels) views[k].pixel_stride = views[k].sample_stride;
+  }
+
+  int64_t slots_per_sample(int scale) const { return tilings[scale].samples_as_pixels ? 1 : tilings[scale].tiles; }
+  int64_t slots() const { return tilings.back().first_slot + problem.batch * slots_per_sample(problem.scales - 1); }
+
+  int64_t scratch_bytes() const { return mrf::softmax_fisher_scratch(problem.modalities, most_channels); }
 };
 
 template <class T>
-void write_information(const mrf::SoftmaxFisher& problem, T* information, int64_t* counts) {
+void write_information(const SoftmaxFisherCall& call, T* information, int64_t* counts) {
+  const mrf::SoftmaxFisher& problem = call.problem;
   for (int s = 0; s < problem.scales; ++s) {
-    const Tiling& tiling = problem.tilings[s];
+    const int64_t slots = call.slots_per_sample(s);
     for (int64_t b = 0; b < problem.batch; ++b) {
-      const int64_t first = tiling.first_unit + b * tiling.tiles;
+      const int64_t first = problem.tilings[s].first_slot + b * slots;
       int64_t count = 0;
-      for (int64_t u = first; u < first + tiling.tiles; ++u) count += problem.valid[u];
+      for (int64_t slot = first; slot < first + slots; ++slot) count += problem.valid[slot];
       counts[s * problem.batch + b] = count;
       for (int m = 0; m < problem.modalities; ++m) {
         double sum = 0;
-        for (int64_t u = first; u < first + tiling.tiles; ++u) sum += problem.partial[u * problem.modalities + m];
+        for (int64_t slot = first; slot < first + slots; ++slot) sum += problem.partial[slot * problem.modalities + m];
         information[(m * problem.scales + s) * problem.batch + b] = T(count ? sum / (double(count) * problem.draws) : 0);
       }
     }
@@ -187,17 +211,17 @@ void write_information(const mrf::SoftmaxFisher& problem, T* information, int64_
 void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma, int64_t draws,
                             std::optional<Tensor> seed, double eps, Tensor information, Tensor counts) {
   SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
-  std::vector<double> partial(call.problem.units * call.problem.modalities);
-  std::vector<int64_t> valid(call.problem.units);
+  std::vector<double> partial(call.slots() * call.problem.modalities);
+  std::vector<int64_t> valid(call.slots());
   call.problem.partial = partial.data();
   call.problem.valid = valid.data();
   run(mrf::instruction_set().kernels->softmax_fisher_forward, call.problem, call.scratch_bytes());
   auto* out_counts = static_cast<int64_t*>(flat_view_of(counts).data);
   void* out = flat_view_of(information).data;
   if (dtype_of(information) == DType::float64)
-    write_information(call.problem, static_cast<double*>(out), out_counts);
+    write_information(call, static_cast<double*>(out), out_counts);
   else
-    write_information(call.problem, static_cast<float*>(out), out_counts);
+    write_information(call, static_cast<float*>(out), out_counts);
 }
 
 // weight (M, S, B): upstream gradient / (valid pixels * draws), float64.
@@ -205,10 +229,11 @@ void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std
                              int64_t draws, std::optional<Tensor> seed, bool detach_reference, double eps, Tensors gradients) {
   SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
   call.gradients = views_of(gradients);
+  call.fold(call.gradients);
   call.problem.gradients = call.gradients.data();
   call.problem.weight = static_cast<const double*>(flat_view_of(weight).data);
   call.problem.detach_reference = detach_reference;
-  advise_huge_pages(gradients);
+  populate(gradients);
   run(mrf::instruction_set().kernels->softmax_fisher_backward, call.problem, call.scratch_bytes());
 }
 
@@ -224,7 +249,7 @@ struct GradientStatisticsCall {
       : grads(views_of(g)), features(views_of(e)), values(flat_views_of(f)) {
     problem.tensors = int(g.size());
     problem.batch = g[0].size(0);
-    problem.units = divide(g.data(), problem.tensors, masks, e.empty() ? 1 : 2, 2048, tilings);
+    problem.units = divide(g.data(), problem.tensors, masks, e.empty() ? 1 : 2, 2048, false, tilings);
     problem.tilings = tilings.data();
     problem.grads = grads.data();
     problem.features = data_or_null(features);
@@ -286,8 +311,8 @@ void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weigh
   call.problem.to_grads = dg.data();
   call.problem.to_features = data_or_null(de);
   call.problem.to_values = data_or_null(df);
-  advise_huge_pages(to_grads);
-  advise_huge_pages(to_features);
+  populate(to_grads);
+  populate(to_features);
   run(mrf::instruction_set().kernels->gradient_statistics_backward, call.problem, call.scratch_bytes);
 }
 

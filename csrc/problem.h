@@ -21,6 +21,10 @@ struct Tiling {
   int64_t tiles;       // units per sample
   int64_t first_unit;  // of this tiling; unit = first_unit + sample * tiles + tile index
   const uint8_t* mask = nullptr;  // (B, P) or null: every pixel counts
+  // Samples of one pixel each are computed as one sample of that many pixels, so that a register holds as many of them as it has lanes;
+  // the sums of softmax_fisher then have a slot per pixel instead of one per unit.
+  bool samples_as_pixels = false;
+  int64_t first_slot = 0;
 };
 
 struct Unit {
@@ -51,8 +55,8 @@ struct SoftmaxFisher {
   double eps;
   bool detach_reference;
   const double* weight;       // (M, S, B), backward only: upstream gradient / (valid pixels * draws)
-  double* partial;            // [units][modalities], forward only: sum of I over the valid pixels and draws of a unit
-  int64_t* valid;             // [units], forward only: valid pixels
+  double* partial;            // [slots][modalities], forward only: sum of I over the valid pixels and draws of a unit; starts as 0
+  int64_t* valid;             // [slots], forward only: valid pixels
 };
 
 struct GradientStatistics {
@@ -91,8 +95,11 @@ struct Kernels {
 // Bytes of a scratch row of softmax_fisher, one channel of a group of pixels: at most 32 pixels, in double.
 constexpr int64_t kRowBytes = 32 * 8;
 
-// Scratch of softmax_fisher, in rows per channel.
-constexpr int64_t softmax_fisher_rows(int modalities) { return 4 + 2 * modalities; }
+// Scratch of softmax_fisher: the statistics of every modality, then rows of every channel.
+constexpr int64_t kModalityBytes = 10 * kRowBytes;
+constexpr int64_t softmax_fisher_scratch(int64_t modalities, int64_t channels) {
+  return modalities * kModalityBytes + (4 + 2 * modalities) * channels * kRowBytes;
+}
 
 // Scratch of gradient_statistics: four numbers per pixel of a tile.
 constexpr int kGradientStatisticsRows = 4;

@@ -86,6 +86,17 @@ def test_sizes_around_vectors_and_tiles(backend, pixels, channels):
     check(helpers.features(2, [(2, channels, pixels)]), backend, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 15, 33, 150])
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"sigma": 0.7, "samples": 2, "seed": 5}, {"detach_reference": True}], ids=str)
+def test_many_samples_of_one_pixel(backend, batch, modalities, options):
+    """Samples may be computed side by side, but each has its own mask, noise, value and upstream gradient."""
+    shapes = [(batch, 7), (batch, 3, 4), (batch, 5)]
+    for masks in (None, random_masks(shapes)):
+        features = helpers.features(modalities, shapes, dtype=torch.float64)
+        check(features, backend, masks=masks, tolerance=1e-12, **options)
+
+
 def test_channels_last_of_any_width(backend):
     for channels in (2, 3, 8, 17, 33):
         features = [
@@ -187,6 +198,14 @@ def test_shift_of_the_logits_does_not_matter(backend):
     helpers.assert_close(
         softmax_fisher_information(shifted, backend=backend), softmax_fisher_information(features, backend=backend), 1e-12
     )
+
+
+@pytest.mark.parametrize(("offset", "step"), [(2**20, 0.25), (2**22, 1.0), (2**30, 256.0)])
+def test_large_common_offset_in_float32(backend, offset, step):
+    """Logits whose mean, too, is exact in float32: what is lost then, the kernel lost."""
+    features = [[torch.randint(-9, 9, (2, 6, 50)) * step + offset] for _ in range(2)]
+    assert all(torch.equal(x, x.double().float()) for (x,) in features)
+    check([[x.requires_grad_()] for (x,) in features], backend, tolerance=1e-5)
 
 
 def test_one_modality_alone_has_no_information(backend):

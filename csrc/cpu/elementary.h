@@ -1,7 +1,8 @@
-// exp, log, sin/cos of full turns, and Philox4x32-10 normals on registers of lanes.
+// exp2, log, sin/cos of full turns, and Philox4x32-10 normals on registers of lanes.
 //
-// exp and log are within 2 ULP over their range (tests/test_native_elementary.py sweeps it); the polynomials are minimax fits of
-// relative error below 2^-28 (float) and 2^-57 (double).
+// log is within 2 ULP over its range and exp2 within 3 (tests/test_native_elementary.py sweeps them); the polynomials are minimax fits.
+// That of exp2 in float is the cheapest that reaches the precision of the type (relative error 2^-23.5): the exponentials are most of
+// the arithmetic.
 #pragma once
 
 #include "vector.h"
@@ -23,37 +24,48 @@ template <>
 struct Constants<float> {
   static constexpr int mantissa = 23, bias = 127, trigonometric_terms = 6;
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  static constexpr float lowest = -88.0f;    // exp of less is 0
+  static constexpr float lowest = -126.5f;   // exp2 of less is 0
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr float exp[] = {0.499999934477964869f, 0.166665206317094977f, 0.0416683880453139829f, 0.00836871687972806895f,
-                                  0.00138145986466644037f};
+  static constexpr float exp2[] = {0.693151311817609790f, 0.240164450039272943f, 0.0557999134252242838f, 0.00901702996252961276f,
+                                   0.00186713021195126332f};
   static constexpr float log[] = {0.666666656371125332f, 0.400003372508281584f, 0.285371679602035548f, 0.235849879602600841f};
 };
 
 template <>
 struct Constants<double> {
   static constexpr int mantissa = 52, bias = 1023, trigonometric_terms = 10;
-  static constexpr double round = 0x1.8p52, lowest = -709.0;
+  static constexpr double round = 0x1.8p52, lowest = -1022.5;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39p-40;
-  static constexpr double exp[] = {0.500000000000000004,   0.166666666666666834,   0.0416666666666660943,   0.00833333333331703438,
-                                   0.0013888888889115634,  0.000198412698963835372, 0.0000248015869266205751, 2.75572348621610985e-6,
-                                   2.75575818593379385e-7, 2.51120367668374273e-8, 2.08266236276166948e-9};
+  static constexpr double exp2[] = {0.69314718055994592842,     0.24022650695906330204,     0.055504108665602253297,
+                                    0.0096181290995507955717,   0.0013333558629566755226,   0.00015403512309628660399,
+                                    0.000015253175055562795993, 1.3208367288951140366e-6,   1.0253212435721934234e-7,
+                                    6.559529322770528367e-9,    6.2634661422960210149e-10};
   static constexpr double log[] = {0.666666666666666609, 0.400000000000063321, 0.285714285690584851, 0.222222226509407813,
                                    0.181817753325132877, 0.153871053788760287, 0.132497870631436695, 0.132543521492970591};
 };
 
-// e^x for x <= 88 (float) or 709 (double); 0 below Constants::lowest, NaN stays NaN.
-// x = n ln2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 Q(r); times 2^n, whose exponent field is 0 for the lowest n.
+// 2^x = 2^floor(x) 2^r with r in [0, 1) and 2^r = 1 + r Q(r); NaN stays NaN, and below the normal numbers comes 0 (or a denormal).
 template <class T>
-MRF_INLINE V<T> exp(V<T> x) {
+MRF_INLINE V<T> exp2(V<T> x) {
   using K = Constants<T>;
-  x = x < K::lowest ? broadcast(K::lowest) : x;
-  const V<T> shifted = x * T(0x1.71547652b82fep0) + K::round;
-  const V<T> n = shifted - K::round;
-  const V<T> r = (x - n * K::ln2_high) - n * K::ln2_low;
-  const V<T> y = (polynomial<T>(r, K::exp) * r + T(1)) * r + T(1);
-  const V<T> scale = (V<T>)(((I<T>)shifted + K::bias) << K::mantissa);
-  return y * scale;
+#if defined(__AVX512F__)
+  V<T> r;
+  if constexpr (sizeof(T) == 4)
+    r = (V<T>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  else
+    r = (V<T>)_mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const V<T> y = polynomial<T>(r, K::exp2) * r + T(1);
+  if constexpr (sizeof(T) == 4)
+    return (V<T>)_mm512_scalef_ps((__m512)y, (__m512)x);
+  else
+    return (V<T>)_mm512_scalef_pd((__m512d)y, (__m512d)x);
+#else
+  x = maximum<T>(broadcast(K::lowest), x);
+  const V<T> shifted = (x - T(0.5)) + K::round;  // nearest to x - 1/2: the floor, or at a whole x perhaps one less
+  const V<T> r = x - (shifted - K::round);
+  const V<T> y = polynomial<T>(r, K::exp2) * r + T(1);
+  return y * (V<T>)(((I<T>)shifted + K::bias) << K::mantissa);  // the exponent field is 0 for the lowest x
+#endif
 }
 
 // log x for normal x > 0; -inf at 0 (denormals count as 0), NaN below, inf and NaN stay.

@@ -54,15 +54,25 @@ MRF_INLINE bool all_lanes(I<T> mask) {
   return all != 0;
 }
 
-// Keeps the compiler from fusing a product into the sum that it enters, where equal products must cancel to 0.
+// a * b + c, rounded once where the instruction set can, and everywhere in the same way: the compiler's own choice of what it fuses could
+// differ between two sums that must come out equal.
 template <class T>
-MRF_INLINE V<T> rounded(V<T> product) {
+MRF_INLINE V<T> fused(V<T> a, V<T> b, V<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (V<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else return (V<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  if constexpr (sizeof(T) == 4) return (V<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else return (V<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  V<T> product = a * b;
 #if defined(__x86_64__)
   asm("" : "+v"(product));
 #elif defined(__aarch64__)
   asm("" : "+w"(product));
 #endif
-  return product;
+  return product + c;
+#endif
 }
 
 template <class T>

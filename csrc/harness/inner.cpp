@@ -46,7 +46,7 @@ void narrow(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Inner inner = {
-    map<float, exp<float>>, map<double, exp<double>>, map<float, log<float>>, map<double, log<double>>, sincos<float>, sincos<double>,
+    map<float, exp2<float>>, map<double, exp2<double>>, map<float, log<float>>, map<double, log<double>>, sincos<float>, sincos<double>,
     philox, widen<bfloat16>, narrow<bfloat16>, widen<float16>, narrow<float16>, softmax_fisher_forward, softmax_fisher_backward,
 };
 

@@ -6,8 +6,8 @@
 namespace mrf {
 
 struct Inner {
-  void (*exp_float)(const float* x, float* y, int64_t n);
-  void (*exp_double)(const double* x, double* y, int64_t n);
+  void (*exp2_float)(const float* x, float* y, int64_t n);
+  void (*exp2_double)(const double* x, double* y, int64_t n);
   void (*log_float)(const float* x, float* y, int64_t n);
   void (*log_double)(const double* x, double* y, int64_t n);
   void (*sincos_turns_float)(const float* x, float* sine, float* cosine, int64_t n);

@@ -109,7 +109,7 @@ py::tuple softmax_fisher(const std::string& isa, const Array<T>& features, const
   problem.weight = weight.data();
   problem.partial = partial.mutable_data();
   problem.valid = valid.data();
-  std::vector<char> memory(mrf::softmax_fisher_rows(problem.modalities) * channels * mrf::kRowBytes + 64);
+  std::vector<char> memory(mrf::softmax_fisher_scratch(modalities, channels) + 64);
   void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   int64_t next = 0;
   instruction_sets().at(isa)->softmax_fisher_forward(problem, &next, scratch);
@@ -124,8 +124,8 @@ PYBIND11_MODULE(_native_harness, m) {
   using mrf::Inner;
   m.doc() = "Inner functions of the native CPU kernels, for tests.";
   m.def("instruction_sets", &names);
-  m.def("exp", unary<float, float>(&Inner::exp_float));
-  m.def("exp_double", unary<double, double>(&Inner::exp_double));
+  m.def("exp2", unary<float, float>(&Inner::exp2_float));
+  m.def("exp2_double", unary<double, double>(&Inner::exp2_double));
   m.def("log", unary<float, float>(&Inner::log_float));
   m.def("log_double", unary<double, double>(&Inner::log_double));
   m.def("sincos_turns", sincos<float>(&Inner::sincos_turns_float));
