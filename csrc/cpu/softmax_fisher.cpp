@@ -11,9 +11,10 @@
 //
 // Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a
 // shared counter and each result has a place of its own, so any number of threads gives the same bits. A tile (about 256 KiB) fits L2
-// and is prefetched there while the tile before it is computed. Within a tile, groups of two registers of floats are copied to scratch
-// as rows (one channel of one modality; L1), where all passes over the channels run. Rows per group: C of e_R, C of e_p, C of noisy features, C of
-// the bracket in dI/dR, M C features, M C gradients (or the exponentials of a pair of modalities).
+// and is prefetched there by the passes of the exponentials over the tile before it: only there, because the copying to scratch that
+// comes later needs the same few buffers between the caches. Within a tile, groups of two registers of floats are copied to scratch
+// as rows (one channel of one modality; L1), where all passes over the channels run. Rows of each channel: e_R, e_p, noisy features, the
+// bracket in dI/dR, M features, M gradients (or the exponentials of a pair of modalities).
 #include "rows.h"
 
 namespace mrf {
@@ -39,6 +40,12 @@ struct Modality {
 };
 static_assert(sizeof(Modality<float>) <= kModalityBytes && sizeof(Modality<double>) <= kModalityBytes, "scratch is large enough");
 
+// The index of the block of noise (docs/math.md) of the first lane and the first four channels, and the steps to the next lane and to
+// the next four channels.
+struct NoiseBlocks {
+  int64_t first, lane_step, channel_step;
+};
+
 template <class T, bool Backward>
 class Group {
  public:
@@ -53,6 +60,36 @@ class Group {
   T* gradients(int a, int active) { return rows(4 + active + a); }
   T* noisy() { return rows(2); }
 
+  // Any number of modalities, with or without noise: adds to the information, or leaves the gradients in their rows.
+  void any_number(Modality<T>* modalities, int count, const Valid<T>& valid, const NoiseBlocks& blocks) {
+    reference(count);
+    for (int a = 0; a < count; ++a) {
+      Modality<T>& s = modalities[a];
+      for (int draw = 0; draw < (s.sigma > 0 ? problem_.draws : 1); ++draw) {
+        if (s.sigma > 0) add_noise(features(a), s, draw, blocks);
+        exponentials(s);
+        moments(s);
+        if constexpr (Backward)
+          gradient(s, gradients(a, count), draw == 0, a == 0 && draw == 0);
+        else
+          add_information(s, valid);
+      }
+    }
+    if constexpr (Backward) finish_gradients(count, valid);
+  }
+
+  // The same for two modalities without noise, which need two exponentials, not three: with h_m = exp((x_m - top_m) / 2), e_m = h_m^2,
+  // and e_R = h_0 h_1 up to a factor per pixel, which cancels in q. False, with nothing done, where a valid pixel needs any_number().
+  bool pair(Modality<T>* modalities, const Valid<T>& valid) {
+    if (!pair_moments(modalities, valid)) return false;
+    if constexpr (Backward)
+      pair_gradients(modalities, valid);
+    else
+      for (int a = 0; a < 2; ++a) add_information(modalities[a], valid);
+    return true;
+  }
+
+ private:
   // e_R and 1 / sum e_R from the features of the active modalities.
   __attribute__((noinline)) void reference(int active) {
     const T count = T(active), inverse = T(1) / count;
@@ -81,19 +118,18 @@ class Group {
     sum_reference_ = sum;
   }
 
-  // y = x + sigma * noise in the rows of noisy features, and its maximum. The block of noise of lane i is first_block + i * lane_step for
-  // the first four channels, and block_step further for each four more (docs/math.md defines the noise).
-  void add_noise(const T* x, Modality<T>& s, int draw, int64_t first_block, int64_t lane_step, int64_t block_step) {
+  // y = x + sigma * noise in the rows of noisy features, and its maximum.
+  void add_noise(const T* x, Modality<T>& s, int draw, const NoiseBlocks& blocks) {
     T* y = noisy();
     constexpr int lanes = kLanes<float>;
     static_assert(width % lanes == 0, "a group is whole registers of words");
-    for (int64_t c = 0; c < channels_; c += 4, first_block += block_step) {
+    for (int64_t c = 0; c < channels_; c += 4) {
       uint32_t words[4][width];
       T normals[4][width];
       for (int i = 0; i < width; i += lanes) {
         Words low, high;
         for (int j = 0; j < lanes; ++j) {
-          const uint64_t g = uint64_t(first_block) + uint64_t(i + j) * uint64_t(lane_step);
+          const uint64_t g = uint64_t(blocks.first + (i + j) * blocks.lane_step + c / 4 * blocks.channel_step);
           low[j] = uint32_t(g), high[j] = uint32_t(g >> 32);
         }
         Words counter[4] = {low, high, Words{} + uint32_t(s.tensor), Words{} + uint32_t(draw)};
@@ -153,7 +189,6 @@ class Group {
         n_sum[v] += d * d;
         if constexpr (Backward) pd[v] += e * d;
       }
-      prefetcher_.step();
     }
     for (int v = 0; v < kVectors<T>; ++v) {
       s.n[v] = n_sum[v] * s.inverse_sum[v] * s.inverse_sum[v];
@@ -208,10 +243,9 @@ class Group {
       }
   }
 
-  // Two modalities without noise need two exponentials, not three: with h_m = exp((x_m - top_m) / 2), e_m = h_m^2, and e_R = h_0 h_1 up
-  // to a factor per pixel, which cancels in q. Fills n, cross_entropy and pd of both; false where a valid pixel needs the general way
-  // above: the modalities disagree so widely that the largest e_R comes near underflow; they agree so confidently that f is near 0 and
-  // magnifies the last bit of q; or the logits are so large that their offset, rounded before it is subtracted, moves the exponents.
+  // Fills n, cross_entropy and pd of both; false where the modalities of a valid pixel disagree so widely that the largest e_R comes
+  // near underflow; where they agree so confidently that f is near 0 and magnifies the last bit of q; or where the logits are so large
+  // that their offset, rounded before it is subtracted, moves the exponents.
   __attribute__((noinline)) bool pair_moments(Modality<T>* s, const Valid<T>& valid) {
     const T* const x[2] = {features(0), features(1)};
     T* const h[2] = {gradients(0, 2), gradients(1, 2)};
@@ -261,8 +295,6 @@ class Group {
         n_sum[1][v] += d1 * d1;
         if constexpr (Backward) pd[0][v] += h0 * h0 * d0, pd[1][v] += h1 * h1 * d1;
       }
-      prefetcher_.step();
-      prefetcher_.step();
     }
     for (int m = 0; m < 2; ++m)
       for (int v = 0; v < kVectors<T>; ++v) {
@@ -305,7 +337,6 @@ class Group {
       }
   }
 
- private:
   T* rows(int64_t i) { return scratch_ + i * channels_ * width; }
   T* e_reference() { return rows(0); }
   T* pull() { return rows(3); }
@@ -371,30 +402,9 @@ void run_unit(const SoftmaxFisher& problem, const Unit& unit, char* scratch, Pre
           for (int v = 0; v < kVectors<T>; ++v) s.weight[v] = load<T>(lanes + v * kLanes<T>);
         }
       }
-      if (pair && group.pair_moments(modalities, valid)) {
-        if constexpr (Backward)
-          group.pair_gradients(modalities, valid);
-        else
-          group.add_information(modalities[0], valid), group.add_information(modalities[1], valid);
-      } else {
-        group.reference(count);
-        for (int a = 0; a < count; ++a) {
-          Modality<T>& s = modalities[a];
-          for (int draw = 0; draw < (s.sigma > 0 ? problem.draws : 1); ++draw) {
-            if (s.sigma > 0) {
-              const int64_t lane_step = tiling.samples_as_pixels ? blocks : 1, block_step = tiling.samples_as_pixels ? 1 : tiling.pixels;
-              const int64_t first_block = unit.sample * blocks * tiling.pixels + pixel * lane_step;
-              group.add_noise(group.features(a), s, draw, first_block, lane_step, block_step);
-            }
-            group.exponentials(s);
-            group.moments(s);
-            if constexpr (Backward)
-              group.gradient(s, group.gradients(a, count), draw == 0, a == 0 && draw == 0);
-            else
-              group.add_information(s, valid);
-          }
-        }
-        if constexpr (Backward) group.finish_gradients(count, valid);
+      if (!pair || !group.pair(modalities, valid)) {
+        const int64_t lane_step = tiling.samples_as_pixels ? blocks : 1, block_step = tiling.samples_as_pixels ? 1 : tiling.pixels;
+        group.any_number(modalities, count, valid, {unit.sample * blocks * tiling.pixels + pixel * lane_step, lane_step, block_step});
       }
     }
     if constexpr (Backward) {
@@ -441,7 +451,7 @@ void run(const SoftmaxFisher& problem, int64_t* next_unit, void* scratch) {
       for (int a = 0; a < count; ++a)
         prefetcher.add(ahead.dtype, problem.features[active[a] * problem.scales + there.tiling], there, ahead.channels);
       const int64_t groups = (here.end - here.begin) / kGroup;
-      prefetcher.plan(groups * tiling.channels * problem.modalities * problem.draws * 2);
+      prefetcher.plan(groups * tiling.channels * problem.modalities * problem.draws);
     }
     if (tiling.dtype == DType::float64)
       run_unit<double, Backward>(problem, here, (char*)scratch, prefetcher);
