@@ -24,8 +24,8 @@ written by hand. See ``test_ptx_kernels.py`` and ``test_ptx_triton.py``.
 - ``UnknownInstruction``: when reached, an opcode, a modifier or an operand that is not in the tables; nothing is guessed
 - ``Trapped``: ``trap``, a failed ``assert``, ``printf``, a kernel that does not end
 
-**What it counts.** Per buffer, loads and stores: bytes over all threads, distinct bytes, and 32-byte sectors per request of a warp, which is
-what reaches the L2 cache when nothing hits in L1.
+**What it counts.** Per buffer, loads and stores: bytes over all threads, distinct bytes, and 32-byte sectors per request of a warp, which
+is what reaches the L2 cache when nothing hits in L1.
 
 **What it does not model.**
 
@@ -37,10 +37,11 @@ what reaches the L2 cache when nothing hits in L1.
 - Approximate instructions err by a pseudo-random part of what the PTX ISA allows, not by what a given chip does. NaNs have no payload.
 - Tensor cores, TMA, mbarriers, clusters, textures, named barriers for a part of a block, recursion.
 
-**Files.** ``parser`` text to instructions. ``formats`` types and exact rounding. ``table``, ``integer``, ``floating`` instructions that only
-touch registers. ``memory`` buffers, guards, counters. ``access`` loads, stores, atomics, copies. ``warp`` shuffles and votes. ``control``
-branches, calls, barriers. ``machine`` the scheduler. ``launch`` ``run``. ``compilers`` nvcc and Triton. To add an instruction, put it into
-the table of its file and a row into ``test_ptx_instructions.py``."""
+**Files.** ``parser`` text to instructions. ``formats`` types and exact rounding. ``table``, ``integer``, ``floating`` instructions that
+only touch registers. ``memory`` buffers, guards, counters. ``access`` loads, stores, atomics, copies. ``warp`` shuffles and votes.
+``control`` branches, calls, barriers. ``machine`` the scheduler. ``launch`` ``run``. ``compilers`` nvcc and Triton. ``evaluate`` one
+instruction, for its test. To add an instruction, put it into the table of its file and a row into ``test_ptx_integers.py`` or
+``test_ptx_floats.py``."""
 
 from .compilers import NVCC, TritonKernel, TritonSource, cuda_to_ptx, triton_to_ptx
 from .errors import (

@@ -153,7 +153,7 @@ def atomic(machine, instruction):
 
 
 def copy_async(machine, instruction):
-    """``cp.async`` from global to shared memory. The bytes arrive when the thread waits for their group; until then nobody may read them."""
+    """``cp.async`` from global to shared memory. Bytes arrive when the thread waits for their group; until then nobody may read them."""
     m = _without_hints(instruction)
     if not m.take("async"):
         raise ValueError("only cp.async is there")
