@@ -132,6 +132,13 @@ def test_carry_through_three_words():
     assert evaluate(code, "u32", ("u32", a), ("u32", b), ("u32", c)) == expected
 
 
+def test_addition_sees_the_flag_of_a_subtraction():
+    """Set where nothing was borrowed; the 128-bit division that nvcc emits needs it so."""
+    a, b = combinations(integers("u32"), integers("u32"))
+    code = "sub.cc.u32 %r2, %a, %b; addc.u32 %d, 0, 0;"
+    assert evaluate(code, "u32", ("u32", a), ("u32", b)) == [x >= y for x, y in zip(a, b, strict=True)]
+
+
 # ---- shifts and bit fields ----
 
 AMOUNTS = [0, 1, 5, 15, 16, 31, 32, 33, 63, 64, 65, 255, 256, 2**32 - 1]

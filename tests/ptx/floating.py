@@ -259,6 +259,8 @@ def rsqrt(m):
     type_ = m.type()
     if not m.take("approx"):
         raise ValueError(".approx is missing")
+    if type_ is F64 and "ftz" not in m.left:  # emulated, to nearly full precision
+        return same(F64, 1, lambda a: 1 / np.sqrt(a))
     if type_ is F64:
         return _coarse64(m, lambda a: 1 / np.sqrt(a))
     return _approximate(m, type_, lambda a: 1 / np.sqrt(a), lambda _, y, ulp: 2.0**-22.9 * abs(y))

@@ -18,7 +18,7 @@ def add(opcode, m):
     type_ = m.type()
     function = np.add if opcode == "add" else np.subtract
     if m.take("cc"):
-        return same(type_, 2, lambda a, b: _with_carry(opcode, a, b, 0), carry_out=True)
+        return same(type_, 2, lambda a, b: _with_carry(opcode, a, b, opcode == "sub"), carry_out=True)
     if m.take("sat"):
         low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
         return same(TYPES["s32"], 2, lambda a, b: np.clip(function(a.astype(np.int64), b), low, high).astype(np.int32))
@@ -34,15 +34,16 @@ def add_with_carry(opcode, m):
 
 
 def _with_carry(opcode, a, b, carry):
-    """Sum or difference modulo 2^n, and the carry or borrow out of it."""
+    """Sum or difference modulo 2^n, and the carry out of it. A difference is ``a + ~b + carry``: its carry means that nothing was borrowed.
+
+    The PTX ISA calls the flag after a subtraction a borrow, but nvcc's 128-bit division reads it with ``addc`` and relies on this."""
     dtype, raw = a.dtype, RAW[a.dtype.itemsize]
     a, b, carry = a.view(raw), b.view(raw), np.asarray(carry, raw)
-    if opcode.startswith("add"):
-        partial = a + b
-        total = partial + carry
-        return total.view(dtype), (partial < a) | (total < partial)
-    partial = a - b
-    return (partial - carry).view(dtype), (a < b) | (partial < carry)
+    if opcode.startswith("sub"):
+        b = ~b
+    partial = a + b
+    total = partial + carry
+    return total.view(dtype), (partial < a) | (total < partial)
 
 
 @operation("mul", floats=False)

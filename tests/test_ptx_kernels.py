@@ -1,0 +1,494 @@
+"""CUDA kernels of the kinds that this library needs, compiled by nvcc and executed by the PTX interpreter, against NumPy."""
+
+import ctypes
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import oracle
+import ptx
+from ptx.evaluate import decoded, encoded, rounded
+
+pytestmark = pytest.mark.skipif(ptx.NVCC is None, reason="needs nvcc to compile the kernels")
+
+SOURCE = r"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+#define KERNEL(name) extern "C" __global__ void name
+
+// ---- reductions ----
+
+__device__ unsigned arrived = 0;
+
+KERNEL(sum)(const float* __restrict__ x, float* partial, float* total, int n) {
+  __shared__ float of_warp[8];
+  __shared__ bool last;
+  float v = 0;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) v += x[i];
+  for (int o = 16; o; o >>= 1) v += __shfl_down_sync(~0u, v, o);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float t = 0;
+    for (int i = 0; i < blockDim.x / 32; ++i) t += of_warp[i];
+    partial[blockIdx.x] = t;
+    __threadfence();
+    last = atomicInc(&arrived, gridDim.x - 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (last && threadIdx.x == 0) {
+    float t = 0;
+    for (int i = 0; i < gridDim.x; ++i) t += __ldcg(partial + i);
+    *total = t;
+  }
+}
+
+// ---- tiles ----
+
+KERNEL(transpose)(const float* __restrict__ x, float* y, int rows, int columns) {
+  __shared__ float tile[32][33];
+  int c = blockIdx.x * 32 + threadIdx.x, r = blockIdx.y * 32 + threadIdx.y;
+  for (int k = 0; k < 32; k += 8)
+    if (r + k < rows && c < columns) tile[threadIdx.y + k][threadIdx.x] = x[(size_t)(r + k) * columns + c];
+  __syncthreads();
+  c = blockIdx.y * 32 + threadIdx.x, r = blockIdx.x * 32 + threadIdx.y;
+  for (int k = 0; k < 32; k += 8)
+    if (c < rows && r + k < columns) y[(size_t)(r + k) * rows + c] = tile[threadIdx.x][threadIdx.y + k];
+}
+
+KERNEL(softmax)(const float4* __restrict__ x, float4* y, int channels, int pixels) {  // pixels in fours
+  const int p = blockIdx.x * blockDim.x + threadIdx.x;
+  if (p >= pixels) return;
+  extern __shared__ float4 rows[];  // a column of channels per thread
+  float4* mine = rows + threadIdx.x * channels;
+  float4 top = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum = {};
+  for (int c = 0; c < channels; ++c) {
+    const float4 v = mine[c] = x[(size_t)c * pixels + p];
+    top = {fmaxf(top.x, v.x), fmaxf(top.y, v.y), fmaxf(top.z, v.z), fmaxf(top.w, v.w)};
+  }
+  for (int c = 0; c < channels; ++c) {
+    const float4 v = mine[c];
+    const float4 e = {__expf(v.x - top.x), __expf(v.y - top.y), __expf(v.z - top.z), __expf(v.w - top.w)};
+    sum = {sum.x + e.x, sum.y + e.y, sum.z + e.z, sum.w + e.w};
+    mine[c] = e;
+  }
+  for (int c = 0; c < channels; ++c) {
+    const float4 e = mine[c];
+    __stcs(y + (size_t)c * pixels + p, make_float4(e.x / sum.x, e.y / sum.y, e.z / sum.z, e.w / sum.w));
+  }
+}
+
+KERNEL(pipelined_sum)(const float4* __restrict__ x, float* y, int steps) {  // 64 threads, two stages
+  __shared__ float4 stage[2][64];
+  const int t = threadIdx.x;
+  float total = 0;
+  __pipeline_memcpy_async(&stage[0][t], x + t, 16);
+  __pipeline_commit();
+  for (int s = 0; s < steps; ++s) {
+    if (s + 1 < steps) __pipeline_memcpy_async(&stage[(s + 1) % 2][t], x + (s + 1) * 64 + t, 16);
+    __pipeline_commit();
+    __pipeline_wait_prior(1);
+    __syncthreads();
+    const float4 v = stage[s % 2][63 - t];
+    total += v.x + v.y + v.z + v.w;
+    __syncthreads();
+  }
+  y[t] = total;
+}
+
+// ---- 16-bit floats ----
+
+KERNEL(bfloats)(const __nv_bfloat16* x, const __nv_bfloat162* pairs, __nv_bfloat16* y, __nv_bfloat162* z) {
+  const int i = threadIdx.x;
+  y[3 * i] = __hadd(x[i], x[63 - i]);
+  y[3 * i + 1] = __hfma(x[i], x[63 - i], x[i]);
+  y[3 * i + 2] = __float2bfloat16(__bfloat162float(x[i]) * 1.37f);
+  z[2 * i] = __hmul2(pairs[i], pairs[63 - i]);
+  z[2 * i + 1] = __floats2bfloat162_rn(__low2float(pairs[i]) / 3, __high2float(pairs[i]) / 3);
+}
+
+KERNEL(halves)(const __half* x, __half* y, __half2* z) {
+  const int i = threadIdx.x;
+  y[3 * i] = __hsub(x[i], x[63 - i]);
+  y[3 * i + 1] = __hmax(x[i], x[63 - i]);
+  y[3 * i + 2] = __float2half(__half2float(x[i]) * 1.37f);
+  z[i] = __hfma2(__half2half2(x[i]), __halves2half2(x[i], x[63 - i]), __float2half2_rn(0.1f));
+}
+
+// ---- noise ----
+
+KERNEL(noise)(unsigned* words, float* normals, unsigned long long seed, unsigned long long first, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const unsigned long long g = first + i;
+  unsigned c[4] = {(unsigned)g, (unsigned)(g >> 32), 5, 7}, k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const unsigned long long a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
+    c[0] = (unsigned)(b >> 32) ^ c[1] ^ k0, c[1] = (unsigned)b, c[2] = (unsigned)(a >> 32) ^ c[3] ^ k1, c[3] = (unsigned)a;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  ((uint4*)words)[i] = make_uint4(c[0], c[1], c[2], c[3]);
+  float sine, cosine;
+  sincospif(2 * (c[1] * 0x1p-32f), &sine, &cosine);
+  const float radius = sqrtf(-2 * logf((c[0] + 0.5f) * 0x1p-32f));
+  ((float2*)normals)[i] = make_float2(radius * cosine, radius * sine);
+}
+
+// ---- parameters, variables, functions ----
+
+struct Table { const float* rows[5]; long long length[5]; float scale; signed char sign; };
+__constant__ float weights[5] = {0.5f, 1, 2, 4, 8};
+__device__ int calls[5];
+
+KERNEL(table)(const __grid_constant__ Table table, double* sums) {
+  const int r = blockIdx.x;
+  double s = 0;
+  for (long long i = 0; i < table.length[r]; ++i) s += table.rows[r][i];
+  sums[r] = s * weights[r] * table.scale * table.sign;
+  calls[r] += r;
+}
+
+__noinline__ __device__ float scaled(const float* v, int k) { return k > 2 ? v[k] * k : v[k] - k; }
+__noinline__ __device__ double both(double a, float b) { return a * scaled(&b, 0); }
+
+KERNEL(functions)(const float* x, double* y) {  // a function gets generic pointers to shared, local and global memory
+  __shared__ float s[32];
+  const int t = threadIdx.x;
+  float local[4] = {x[t], x[t] + 1, x[t] + 2, x[t] + 3};
+  s[t] = 2 * x[t];
+  __syncthreads();
+  y[t] = scaled(t % 3 == 0 ? s : t % 3 == 1 ? local : x, t % 4) + both(t, x[t]);
+}
+
+KERNEL(cases)(const int* x, int* y) {
+  int v = x[threadIdx.x];
+  switch (v) {
+    case 0: v = y[0 * 64 + threadIdx.x] + 5; break;
+    case 1: v = v * 7; break;
+    case 2: v = v << 20; break;
+    case 3: v = __popc(y[64 + threadIdx.x]); break;
+    case 4: v = -v; break;
+    case 5: v = v * v * v; break;
+    case 6: v = __clz(v); break;
+    case 7: v = __brev(v); break;
+    case 8: v = 1000 / (v - 5); break;
+    case 9: v = v % 4;
+    default: v += 100;
+  }
+  y[threadIdx.x] = v;
+}
+
+KERNEL(mathematics)(const double* x, double* y, float* f) {
+  const int i = threadIdx.x;
+  const double v = x[i];
+  const float w = (float)v;
+  double* out = y + 6 * i;
+  out[0] = exp(-v), out[1] = log(v), out[2] = sin(v), out[3] = cos(v * 1e7), out[4] = sqrt(v) / (v + 3), out[5] = rsqrt(v);
+  float* g = f + 6 * i;
+  g[0] = expf(-w), g[1] = logf(w), g[2] = sinf(w * 1e6f), g[3] = tanhf(w / 5), g[4] = 1 / (w + 3), g[5] = powf(w, 0.3f);
+}
+
+KERNEL(words)(const long long* x, unsigned long long* y) {
+  const int i = threadIdx.x;
+  const long long a = x[i], b = x[63 - i];
+  unsigned long long* out = y + 6 * i;
+  out[0] = a / (b | 1), out[1] = a % (b | 1), out[2] = __mul64hi(a, b), out[3] = __umul64hi(a, b);
+  out[4] = (unsigned long long)a >> (i & 63) | a << (b & 7), out[5] = (unsigned long long)((unsigned __int128)a * b % 1000003);
+}
+
+// ---- warps, blocks, atomics ----
+
+KERNEL(warps)(const int* x, unsigned* y) {
+  const int t = threadIdx.x, v = x[t];
+  unsigned* out = y + t * 12;
+  out[0] = __ballot_sync(~0u, v > 4), out[1] = __any_sync(~0u, v > 8), out[2] = __all_sync(~0u, v > 0);
+  out[3] = __match_any_sync(~0u, v), out[4] = __reduce_add_sync(~0u, v), out[5] = __reduce_max_sync(~0u, (unsigned)v);
+  out[6] = __shfl_up_sync(~0u, v, 3), out[7] = __shfl_down_sync(~0u, v, 5), out[8] = __shfl_xor_sync(~0u, v, 9);
+  out[9] = __shfl_sync(~0u, v, v), out[10] = __shfl_sync(~0u, v, v, 8), out[11] = __shfl_down_sync(~0u, v, 1, 16);
+  if (v % 2) out[0] += __activemask();
+}
+
+KERNEL(blocks)(const int* x, int* y) {
+  const int i = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const int b = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x, v = x[b * 24 + i];
+  const int count = __syncthreads_count(v > 4), every = __syncthreads_and(v > 0), some = __syncthreads_or(v > 8);
+  y[b * 24 + i] = count * 100 + every * 10 + some;
+}
+
+KERNEL(histogram)(const int* x, int* counts, unsigned long long* extra, float* total, int n) {
+  __shared__ int mine[16];
+  if (threadIdx.x < 16) mine[threadIdx.x] = 0;
+  __syncthreads();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) {
+    atomicAdd(&mine[x[i]], 1);
+    atomicMax(extra, (unsigned long long)i << 33);
+    atomicXor(extra + 1, 1ull << x[i]);
+    atomicAdd(total, 0.5f);
+    atomicCAS(extra + 2, 3ull, 4ull);
+  }
+  __syncthreads();
+  if (threadIdx.x < 16) atomicAdd(counts + threadIdx.x, mine[threadIdx.x]);
+}
+"""
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def text(request) -> str:
+    return ptx.cuda_to_ptx(SOURCE, request.param)
+
+
+RNG = np.random.default_rng(11)
+
+
+def bfloats(shape) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32).view(np.uint32).astype(np.uint32) >> 16
+
+
+def test_sum_in_one_launch_and_again(text):
+    """The last block adds up; its counter is ready for the next launch."""
+    memory, values = ptx.Memory(), RNG.standard_normal(5000).astype(np.float32)
+    x, partial, total = memory.put(values, "x"), memory.empty(7, np.float32), memory.empty(1, np.float32)
+    for _ in range(2):
+        report = ptx.run(text, "sum", 7, 256, [x, partial, total, 5000], memory)
+        assert total.numpy() == pytest.approx(values.astype(float).sum(), rel=1e-5)
+        read = report.loads_of[x]
+        assert (read.bytes, read.distinct, read.sectors) == (20_000, 20_000, 625)
+        assert report.loads.bytes == 20_000 + 7 * 4 and report.stores.bytes == 8 * 4 and report.atomics == 7
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (45, 70), (1, 33)])
+def test_transpose(text, rows, columns):
+    memory, values = ptx.Memory(), RNG.standard_normal((rows, columns)).astype(np.float32)
+    x, y = memory.put(values), memory.empty((columns, rows), np.float32)
+    grid = -(-columns // 32), -(-rows // 32)
+    report = ptx.run(text, "transpose", grid, (32, 8), [x, y, rows, columns], memory)
+    np.testing.assert_array_equal(y.numpy(), values.T)
+    assert report.loads.distinct == report.loads.bytes == report.stores.bytes == values.nbytes
+    assert report.loads.efficiency == report.stores.efficiency == 1 or rows % 32
+
+
+@pytest.mark.parametrize("pixels", [128, 1000])
+def test_softmax_over_channels(text, pixels):
+    channels, memory = 19, ptx.Memory()
+    values = (8 * RNG.standard_normal((channels, pixels))).astype(np.float32)
+    x, y = memory.put(values), memory.empty(values.shape, np.float32)
+    args = [x, y, channels, pixels // 4]
+    report = ptx.run(text, "softmax", -(-pixels // 256), 64, args, memory, shared_bytes=64 * channels * 16)
+    e = np.exp(values.astype(float) - values.max(0))
+    np.testing.assert_allclose(y.numpy(), e / e.sum(0), rtol=2e-5, atol=1e-30)
+    assert report.loads.bytes == report.stores.bytes == values.nbytes
+    assert report.loads.efficiency == report.stores.efficiency == 1
+    assert report.loads.requests == channels * -(-pixels // 128)
+
+
+def test_pipelined_copies(text):
+    steps, memory = 5, ptx.Memory()
+    values = RNG.standard_normal((steps, 64, 4)).astype(np.float32)
+    x, y = memory.put(values), memory.empty(64, np.float32)
+    report = ptx.run(text, "pipelined_sum", 1, 64, [x, y, steps], memory)
+    np.testing.assert_allclose(y.numpy(), values.astype(float).sum((0, 2))[::-1], rtol=1e-4, atol=1e-5)
+    assert report.loads.bytes == values.nbytes
+
+
+def test_bfloat16(text):
+    def nearest(exact: float) -> int:
+        return encoded(rounded(Fraction(exact), "bf16"), "bf16")
+
+    bits, pair_bits = bfloats(64).astype(np.uint16), bfloats((64, 2)).astype(np.uint16)
+    memory = ptx.Memory()
+    y, z = memory.empty((64, 3), np.uint16), memory.empty((64, 2, 2), np.uint16)
+    ptx.run(text, "bfloats", 1, 64, [memory.put(bits), memory.put(pair_bits), y, z], memory)
+    x = [Fraction(decoded(int(b), "bf16")) for b in bits]
+    pairs = [[decoded(int(b), "bf16") for b in row] for row in pair_bits]
+    single = [[a + b, a * b + a, float(np.float32(float(a)) * np.float32(1.37))] for a, b in zip(x, x[::-1], strict=True)]
+    assert y.numpy().tolist() == [[nearest(v) for v in row] for row in single]
+    for i, pair in enumerate(pairs):
+        assert z.numpy()[i, 0].tolist() == [nearest(Fraction(a) * Fraction(b)) for a, b in zip(pair, pairs[63 - i], strict=True)]
+        assert z.numpy()[i, 1].tolist() == [nearest(float(np.float32(a) / np.float32(3))) for a in pair]
+
+
+def test_half(text):
+    values, memory = RNG.standard_normal(64).astype(np.float16), ptx.Memory()
+    y, z = memory.empty((64, 3), np.float16), memory.empty((64, 2), np.float16)
+    ptx.run(text, "halves", 1, 64, [memory.put(values), y, z], memory)
+    other, wide = values[::-1], values.astype(np.float64)
+    scaled = (values.astype(np.float32) * np.float32(1.37)).astype(np.float16)
+    np.testing.assert_array_equal(y.numpy(), np.stack([values - other, np.maximum(values, other), scaled], 1))
+    tenth = float(np.float16(0.1))
+    np.testing.assert_array_equal(z.numpy(), np.stack([wide * wide + tenth, wide * wide[::-1] + tenth], 1).astype(np.float16))
+
+
+def test_philox_and_normals(text):
+    n, seed, first, memory = 500, 0x123456789ABCDEF1, 2**32 - 200, ptx.Memory()
+    words, normals = memory.empty((n, 4), np.uint32), memory.empty((n, 2), np.float32)
+    ptx.run(text, "noise", 4, 128, [words, normals, seed, first, n], memory)
+    g, zero = np.arange(first, first + n, dtype=np.uint64), np.zeros(n, np.uint64)
+    key = zero + np.uint64(seed & 0xFFFFFFFF), zero + np.uint64(seed >> 32)
+    expected = np.stack(oracle.philox((g & np.uint64(0xFFFFFFFF), g >> np.uint64(32), zero + np.uint64(5), zero + np.uint64(7)), key), 1)
+    np.testing.assert_array_equal(words.numpy(), expected)
+    radius, angle = np.sqrt(-2 * np.log((expected[:, 0] + 0.5) / 2**32)), 2 * np.pi * (expected[:, 1] / 2**32)
+    np.testing.assert_allclose(normals.numpy(), np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_struct_by_value_and_variables(text):
+    class Table(ctypes.Structure):
+        _fields_ = [("rows", ctypes.c_uint64 * 5), ("length", ctypes.c_int64 * 5), ("scale", ctypes.c_float), ("sign", ctypes.c_byte)]
+
+    memory, rows = ptx.Memory(), [RNG.standard_normal(n).astype(np.float32) for n in (1, 3, 7, 0, 20)]
+    table = Table(scale=1.5, sign=-1)
+    for i, row in enumerate(rows):
+        table.rows[i], table.length[i] = memory.put(row if row.size else np.zeros(1, np.float32)).address, row.size
+    sums = memory.empty(5, np.float64)
+    for _ in range(2):
+        report = ptx.run(text, "table", 5, 1, [table, sums], memory)
+    expected = [row.astype(float).sum() * w * -1.5 for row, w in zip(rows, (0.5, 1, 2, 4, 8), strict=True)]
+    np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-6, atol=1e-12)
+    calls = memory.variables[text, "calls"]
+    assert calls.numpy().view(np.int32).tolist() == [0, 2, 4, 6, 8]  # __device__ variables outlive a launch
+    assert report.loads.bytes == 31 * 4 + 5 * 4  # rows and calls; constants are not counted
+
+
+def test_functions_with_generic_pointers(text):
+    values, memory = RNG.standard_normal(32).astype(np.float32), ptx.Memory()
+    y = memory.empty(32, np.float64)
+    ptx.run(text, "functions", 1, 32, [memory.put(values), y], memory)
+    expected = []
+    for t, v in enumerate(values.astype(float)):
+        k = t % 4
+        seen = 2 * float(values[k]) if t % 3 == 0 else v + k if t % 3 == 1 else float(values[k])
+        expected.append((seen * k if k > 2 else seen - k) + t * v)
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_switch(text):
+    values, before, memory = np.arange(64, dtype=np.int32) % 12, RNG.integers(0, 99, 128).astype(np.int32), ptx.Memory()
+    y = memory.put(before)
+    ptx.run(text, "cases", 1, 64, [memory.put(values), y], memory)
+
+    def oracle(v, t):
+        simple = {1: 7, 2: 2 << 20, 4: -4, 5: 125, 6: 29, 7: -(2**29), 8: 333, 9: 101, 10: 110, 11: 111}
+        return before[t] + 5 if v == 0 else bin(before[64 + t]).count("1") if v == 3 else simple[v]
+
+    assert y.numpy()[:64].tolist() == [oracle(v, t) for t, v in enumerate(values.tolist())]
+
+
+def test_mathematics(text):
+    """The functions of the CUDA library, double ones with calls to slow paths; to a few units in the last place."""
+    values, memory = RNG.uniform(0.01, 300, 64), ptx.Memory()
+    y, f = memory.empty((64, 6), np.float64), memory.empty((64, 6), np.float32)
+    ptx.run(text, "mathematics", 1, 64, [memory.put(values), y, f], memory)
+    v, w = values, values.astype(np.float32).astype(np.float64)
+    exact = [np.exp(-v), np.log(v), np.sin(v), np.cos(v * 1e7), np.sqrt(v) / (v + 3), 1 / np.sqrt(v)]
+    np.testing.assert_allclose(y.numpy(), np.stack(exact, 1), rtol=1e-15, atol=1e-15)
+    large = (w.astype(np.float32) * np.float32(1e6)).astype(np.float64)
+    exact = [np.exp(-w), np.log(w), np.sin(large), np.tanh(w / 5), 1 / (w + 3), w**0.3]
+    np.testing.assert_allclose(f.numpy(), np.stack(exact, 1), rtol=5e-7, atol=1e-7)
+
+
+def test_64_and_128_bit_integers(text):
+    values = RNG.integers(-(2**63), 2**63, 64)
+    memory = ptx.Memory()
+    y = memory.empty((64, 6), np.uint64)
+    ptx.run(text, "words", 1, 64, [memory.put(values), y], memory)
+    for i, row in enumerate(y.numpy().tolist()):
+        a, b = int(values[i]), int(values[63 - i])
+        ua, d = a % 2**64, b | 1
+        quotient = abs(a) // abs(d) * (1 if (a < 0) == (d < 0) else -1)
+        product = (a % 2**128) * (b % 2**128) % 2**128
+        expected = [quotient, a - quotient * d, a * b >> 64, ua * (b % 2**64) >> 64, ua >> (i & 63) | a << (b & 7), product % 1000003]
+        assert row == [e % 2**64 for e in expected]
+
+
+def test_warp_instructions(text):
+    values, memory = RNG.integers(0, 10, 64).astype(np.int32), ptx.Memory()
+    y = memory.empty((64, 12), np.uint32)
+    ptx.run(text, "warps", 1, 64, [memory.put(values), y], memory)
+    for warp in (0, 1):
+        v = values[32 * warp : 32 * warp + 32].tolist()
+
+        def ballot(flags):
+            return sum(bool(f) << i for i, f in enumerate(flags))
+
+        for lane in range(32):
+            expected = [ballot(a > 4 for a in v), max(v) > 8, min(v) > 0, ballot(a == v[lane] for a in v), sum(v), max(v)]
+            expected += [v[lane - 3] if lane >= 3 else v[lane], v[lane + 5] if lane < 27 else v[lane], v[lane ^ 9], v[v[lane]]]
+            expected += [v[lane // 8 * 8 + v[lane] % 8], v[lane + 1] if lane % 16 < 15 else v[lane]]
+            if v[lane] % 2:
+                expected[0] += ballot(a % 2 for a in v)
+            assert y.numpy()[32 * warp + lane].tolist() == [e % 2**32 for e in expected]
+
+
+def test_block_wide_votes_in_three_dimensions(text):
+    values, memory = RNG.integers(0, 10, (12, 24)).astype(np.int32), ptx.Memory()
+    y = memory.empty(values.shape, np.int32)
+    ptx.run(text, "blocks", (2, 3, 2), (4, 3, 2), [memory.put(values), y], memory)
+    expected = [(row > 4).sum() * 100 + (row > 0).all() * 10 + (row > 8).any() for row in values]
+    np.testing.assert_array_equal(y.numpy(), np.repeat(np.array(expected)[:, None], 24, 1))
+
+
+def test_atomics(text):
+    n, memory = 1000, ptx.Memory()
+    values = RNG.integers(0, 16, n).astype(np.int32)
+    counts, total = memory.put(np.zeros(16, np.int32)), memory.put(np.zeros(1, np.float32))
+    extra = memory.put(np.array([5, 0, 3], np.uint64))
+    ptx.run(text, "histogram", 4, 256, [memory.put(values), counts, extra, total, n], memory)
+    tally = np.bincount(values, minlength=16)
+    np.testing.assert_array_equal(counts.numpy(), tally)
+    assert extra.numpy().tolist() == [(n - 1) << 33, sum(1 << k for k in range(16) if tally[k] % 2), 4]
+    assert total.numpy() == n / 2
+
+
+# ---- the launch itself ----
+
+
+def test_chunks_of_blocks_agree(text, monkeypatch):
+    """Blocks run together in chunks; how many does not show."""
+    memory, values = ptx.Memory(), RNG.standard_normal((64, 70)).astype(np.float32)
+    results = []
+    for lanes in (256, 600, 1 << 14):
+        monkeypatch.setattr("ptx.machine.LANES_PER_CHUNK", lanes)
+        y = memory.empty((70, 64), np.float32)
+        report = ptx.run(text, "transpose", (3, 2), (32, 8), [memory.put(values), y, 64, 70], memory)
+        results.append((y.numpy().tobytes(), report.loads, report.stores, report.instructions))
+    assert results[0] == results[1] == results[2]
+
+
+def test_sectors_of_a_strided_access(text):
+    """The sum's loads from every element of a column would touch a sector each; misaligned rows touch one more per request."""
+    memory, values = ptx.Memory(), RNG.standard_normal((64, 65)).astype(np.float32)
+    y = memory.empty((65, 64), np.float32)
+    report = ptx.run(text, "transpose", (3, 2), (32, 8), [memory.put(values), y, 64, 65], memory)
+    full = [row * 65 * 4 + start for row in range(64) for start in (0, 128)]  # byte offsets of requests of 32 threads
+    single = [row * 65 * 4 + 256 for row in range(64)]
+    sectors = sum((f + 127) // 32 - f // 32 + 1 for f in full) + len(single)
+    assert report.loads.sectors == sectors
+    assert report.loads.efficiency == pytest.approx(64 * 65 * 4 / (32 * sectors))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entry": "nothing"}, "entry 'nothing' is none of"),
+        ({"args": [1, 2, 3]}, "4 arguments expected, got 3"),
+        ({"args": [1, 2, 3, b"12"]}, "has 4 bytes, the argument 2"),
+        ({"grid": (1, 2, 3, 4)}, "grid must be one to three"),
+        ({"block": 0}, "block must be one to three"),
+    ],
+)
+def test_bad_launches(text, change, message):
+    launch = {"entry": "sum", "grid": 1, "block": 32, "args": [0, 0, 0, 0], "memory": ptx.Memory()} | change
+    with pytest.raises(ValueError, match=message):
+        ptx.run(text, **launch)
+
+
+def test_infinity_and_nan_pass_through(text):
+    memory = ptx.Memory()
+    values = np.zeros((2, 128), np.float32)
+    values[0, :3] = math.inf, -math.inf, math.nan
+    x, y = memory.put(values), memory.empty(values.shape, np.float32)
+    ptx.run(text, "softmax", 1, 64, [x, y, 2, 32], memory, shared_bytes=64 * 32)
+    assert np.isnan(y.numpy()[:, 0]).all() and y.numpy()[:, 1].tolist() == [0, 1] and np.isnan(y.numpy()[:, 2]).any()
