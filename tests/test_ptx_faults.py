@@ -59,6 +59,13 @@ KERNEL(broadcast_then_write) {
   y[i] = v;
 }
 KERNEL(two_threads_write_shared) { SETUP __shared__ float s[64]; s[fault ? t / 2 : t] = x[i]; __syncthreads(); y[i] = s[t / 2]; }
+KERNEL(two_lanes_write_two_values) {
+  SETUP __shared__ float s[32];
+  s[t / 2] = x[fault ? i : i & ~1];
+  __syncthreads();
+  y[i] = s[t / 2];
+}
+KERNEL(two_warps_write_the_same) { SETUP __shared__ float s[64]; s[fault ? t % 32 : t] = x[0]; __syncthreads(); y[i] = s[t % 32]; }
 KERNEL(shuffle_orders_no_memory) {
   SETUP __shared__ float s[64];
   s[t] = x[i];
@@ -135,6 +142,8 @@ FAULTS = {
     "missing_barrier_before_reuse": (ptx.SharedRace, "offset"),
     "broadcast_then_write": (ptx.SharedRace, "offset 0"),
     "two_threads_write_shared": (ptx.SharedRace, "offset"),
+    "two_lanes_write_two_values": (ptx.SharedRace, "offset 0 of shared memory gets two values"),
+    "two_warps_write_the_same": (ptx.SharedRace, "offset"),
     "shuffle_orders_no_memory": (ptx.SharedRace, "offset"),
     "async_copy_without_wait": (ptx.Uninitialized, "offset 0 of shared"),
     "async_copy_waits_for_too_few": (ptx.Uninitialized, "offset 256 of shared"),

@@ -328,15 +328,24 @@ def test_philox_and_normals(text):
     ptx.run(text, "noise", 4, 128, [words, normals, seed, first, n], memory)
     g, zero = np.arange(first, first + n, dtype=np.uint64), np.zeros(n, np.uint64)
     key = zero + np.uint64(seed & 0xFFFFFFFF), zero + np.uint64(seed >> 32)
-    expected = np.stack(oracle.philox((g & np.uint64(0xFFFFFFFF), g >> np.uint64(32), zero + np.uint64(5), zero + np.uint64(7)), key), 1)
+    expected = np.stack(
+        oracle.philox((g & np.uint64(0xFFFFFFFF), g >> np.uint64(32), zero + np.uint64(5), zero + np.uint64(7)), key), 1
+    )
     np.testing.assert_array_equal(words.numpy(), expected)
     radius, angle = np.sqrt(-2 * np.log((expected[:, 0] + 0.5) / 2**32)), 2 * np.pi * (expected[:, 1] / 2**32)
-    np.testing.assert_allclose(normals.numpy(), np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        normals.numpy(), np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_struct_by_value_and_variables(text):
     class Table(ctypes.Structure):
-        _fields_ = [("rows", ctypes.c_uint64 * 5), ("length", ctypes.c_int64 * 5), ("scale", ctypes.c_float), ("sign", ctypes.c_byte)]
+        _fields_ = [
+            ("rows", ctypes.c_uint64 * 5),
+            ("length", ctypes.c_int64 * 5),
+            ("scale", ctypes.c_float),
+            ("sign", ctypes.c_byte),
+        ]
 
     memory, rows = ptx.Memory(), [RNG.standard_normal(n).astype(np.float32) for n in (1, 3, 7, 0, 20)]
     table = Table(scale=1.5, sign=-1)
@@ -399,7 +408,14 @@ def test_64_and_128_bit_integers(text):
         ua, d = a % 2**64, b | 1
         quotient = abs(a) // abs(d) * (1 if (a < 0) == (d < 0) else -1)
         product = (a % 2**128) * (b % 2**128) % 2**128
-        expected = [quotient, a - quotient * d, a * b >> 64, ua * (b % 2**64) >> 64, ua >> (i & 63) | a << (b & 7), product % 1000003]
+        expected = [
+            quotient,
+            a - quotient * d,
+            a * b >> 64,
+            ua * (b % 2**64) >> 64,
+            ua >> (i & 63) | a << (b & 7),
+            product % 1000003,
+        ]
         assert row == [e % 2**64 for e in expected]
 
 

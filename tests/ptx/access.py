@@ -100,7 +100,7 @@ def store(machine, instruction):
             where = store.locate(owner, offset, size, some, write=True)
             store.on_store(where, size, some)
             for k, value in enumerate(values):
-                store.store(where + k * type_.size, value[chosen])
+                store.store(where + k * type_.size, value[chosen], some)
 
     return handler
 
@@ -207,7 +207,7 @@ def _complete(machine, lanes, pending):
         if done.any():
             machine.shared.on_store(where[done], 4 * len(words), owners[done])
             for k, word in enumerate(words):
-                machine.shared.store(where[done] + 4 * k, word[done])
+                machine.shared.store(where[done] + 4 * k, word[done], owners[done])
         if not done.all():
             machine.copies.append((owners[~done], where[~done], words[:, ~done], group[~done]))
 

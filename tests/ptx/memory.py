@@ -49,7 +49,7 @@ class Store:
     def load(self, where: np.ndarray, width: int) -> np.ndarray:
         return self.data.view(RAW[width])[where // width]
 
-    def store(self, where: np.ndarray, values: np.ndarray) -> None:
+    def store(self, where: np.ndarray, values: np.ndarray, lanes: np.ndarray) -> None:
         self.data.view(values.dtype)[where // values.itemsize] = values
 
     def on_load(self, where: np.ndarray, size: int, lanes: np.ndarray, constant: bool = False) -> None:
@@ -216,7 +216,9 @@ class SharedStore(Store):
     """The shared memory of the blocks of a chunk, and who touched which byte since its block's last barrier.
 
     Accesses of two threads to one byte, one of them a write, need a barrier between them; within a warp ``bar.warp.sync`` of all its
-    lanes is enough. Neither shuffles nor votes order memory. Bytes are taken together in granules, of which no access is a part."""
+    lanes is enough. Neither shuffles nor votes order memory. Lanes of a warp may write one byte in one instruction if they write the same:
+    one of them does, CUDA says, and Triton's replicated layouts rely on it. Bytes are taken together in granules, of which no access is
+    a part."""
 
     def __init__(self, blocks: int, size: int, granule: int, warp_of_lane: np.ndarray):
         super().__init__("shared memory", size, blocks)
@@ -233,6 +235,11 @@ class SharedStore(Store):
         self.mark(where, size, INITIALIZED)
         self._note(where, size, lanes, write=True)
 
+    def store(self, where, values, lanes):
+        super().store(where, values, lanes)
+        differ = self.load(where, values.itemsize) != values
+        _fail(SharedRace, differ, lanes, lambda i: f"offset {where[i] % self.stride} of shared memory gets two values")
+
     def _note(self, where: np.ndarray, size: int, lanes: np.ndarray, write: bool) -> None:
         for k in range(0, size, self.granule):
             at = (where + k) // self.granule
@@ -241,7 +248,7 @@ class SharedStore(Store):
             if write:
                 bad |= _unordered(self.read_time[at], self.reader[at], self.reader_warp[at], time, lanes, warp)
                 self.writer[at], self.write_time[at] = lanes, time
-                bad |= self.writer[at] != lanes  # two threads in this very instruction
+                bad |= self.warp_of_lane[self.writer[at]] != warp  # another warp in this very instruction
             else:
                 self._note_read(at, lanes, warp, time)
             _fail(SharedRace, bad, lanes, lambda i: f"offset {where[i] % self.stride} of shared memory")
