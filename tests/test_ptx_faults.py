@@ -1,9 +1,8 @@
 """Faults planted in tiny CUDA kernels: the interpreter must name each, and pass the same kernel without it."""
 
 import numpy as np
-import pytest
-
 import ptx
+import pytest
 
 pytestmark = pytest.mark.skipif(ptx.NVCC is None, reason="needs nvcc to compile the kernels")
 

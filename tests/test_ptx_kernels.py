@@ -5,10 +5,9 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import pytest
-
 import oracle
 import ptx
+import pytest
 from ptx.evaluate import decoded, encoded, rounded
 
 pytestmark = pytest.mark.skipif(ptx.NVCC is None, reason="needs nvcc to compile the kernels")

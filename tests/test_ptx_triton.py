@@ -1,10 +1,9 @@
 """Triton kernels compiled offline for two architectures and executed by the PTX interpreter, against NumPy."""
 
 import numpy as np
-import pytest
-
 import oracle
 import ptx
+import pytest
 from ptx.evaluate import decoded
 
 triton = pytest.importorskip("triton", reason="needs Triton to compile the kernels")
