@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from .errors import UnknownInstruction
 from .formats import TYPES, Type
 from .parser import Instruction
 
@@ -66,18 +65,15 @@ def operation(*opcodes: str, floats: bool | None = None):
 
 
 def operation_of(instruction: Instruction) -> Operation:
-    """The operation of an instruction, or UnknownInstruction."""
+    """The operation of an instruction, or ValueError."""
     types = [name for name in instruction.modifiers if name in TYPES]
     build = OPERATIONS.get((instruction.opcode, bool(types) and TYPES[types[-1]].kind == "f"))
     if build is None:
-        raise UnknownInstruction(f"line {instruction.line}: `{instruction.text}`: no such opcode in the table")
+        raise ValueError("no such opcode in the table")
     modifiers = Modifiers(instruction.modifiers)
-    try:
-        found = build(modifiers)
-    except (ValueError, KeyError) as error:
-        raise UnknownInstruction(f"line {instruction.line}: `{instruction.text}`: {error}") from error
+    found = build(modifiers)
     if modifiers.left:
-        raise UnknownInstruction(f"line {instruction.line}: `{instruction.text}`: unknown modifier .{modifiers.left[0]}")
+        raise ValueError(f"unknown modifier .{modifiers.left[0]}")
     return found
 
 
