@@ -57,6 +57,34 @@ KERNEL(broadcast_then_write) {
   if (t == 0) s[0] = v + 1;
   y[i] = v;
 }
+KERNEL(reader_of_a_broadcast_writes) {
+  SETUP __shared__ float s[2];
+  if (t == 0) s[0] = x[i];
+  __syncthreads();
+  const float v = s[0];
+  if (!fault) __syncthreads();
+  if (t == 63) s[0] = v + 1;
+  y[i] = v;
+}
+KERNEL(lane_of_a_broadcast_writes) {
+  SETUP __shared__ float s[2];
+  if (t == 0) s[0] = x[i];
+  __syncthreads();
+  float v = 0;
+  if (t < 32) {
+    v = s[0];
+    if (!fault) __syncwarp();
+    if (t == 31) s[0] = v + 1;
+  }
+  y[i] = v;
+}
+KERNEL(warp_barrier_orders_no_other_warp) {
+  SETUP __shared__ float s[64];
+  s[t] = x[i];
+  __syncwarp();
+  if (!fault) __syncthreads();
+  y[i] = s[fault && t < 32 ? t : t ^ 32];
+}
 KERNEL(two_threads_write_shared) { SETUP __shared__ float s[64]; s[fault ? t / 2 : t] = x[i]; __syncthreads(); y[i] = s[t / 2]; }
 KERNEL(two_lanes_write_two_values) {
   SETUP __shared__ float s[32];
@@ -140,6 +168,9 @@ FAULTS = {
     "missing_barrier_of_the_warp": (ptx.SharedRace, "offset"),
     "missing_barrier_before_reuse": (ptx.SharedRace, "offset"),
     "broadcast_then_write": (ptx.SharedRace, "offset 0"),
+    "reader_of_a_broadcast_writes": (ptx.SharedRace, "offset 0"),
+    "lane_of_a_broadcast_writes": (ptx.SharedRace, "offset 0"),
+    "warp_barrier_orders_no_other_warp": (ptx.SharedRace, "offset"),
     "two_threads_write_shared": (ptx.SharedRace, "offset"),
     "two_lanes_write_two_values": (ptx.SharedRace, "offset 0 of shared memory gets two values"),
     "two_warps_write_the_same": (ptx.SharedRace, "offset"),

@@ -287,6 +287,7 @@ def test_packing_moves():
         ("mov.b32 %d, 0f3F800000;", 0x3F800000),
         ("mov.b64 %rd0, 0d3FF0000000000000; mov.b64 {_, %d}, %rd0;", 0x3FF00000),
         ("{.reg .b32 %a; mov.u32 %a, 5; add.u32 %d, %a, 1;}", 6),  # hides the outer %a
+        ("{.reg .b32 %a; mov.u32 %a, 5;} mov.u32 %d, %a;", 7),
         ("{.reg.b16 h,r; mov.b16 h,0X1F79U; cvt.u32.u16 %d, h;}", 0x1F79),
         ("@!%a mov.u32 %d, 1; @%a mov.u32 %d, 2;", None),
     ],

@@ -58,6 +58,8 @@ KERNEL(transpose)(const float* __restrict__ x, float* y, int rows, int columns) 
     if (c < rows && r + k < columns) y[(size_t)(r + k) * rows + c] = tile[threadIdx.x][threadIdx.y + k];
 }
 
+KERNEL(gather)(const float* x, const int* from, float* y) { const int i = blockIdx.x * blockDim.x + threadIdx.x; y[i] = x[from[i]]; }
+
 KERNEL(softmax)(const float4* __restrict__ x, float4* y, int channels, int pixels) {  // pixels in fours
   const int p = blockIdx.x * blockDim.x + threadIdx.x;
   if (p >= pixels) return;
@@ -482,6 +484,23 @@ def test_sectors_of_a_strided_access(text):
     sectors = sum((f + 127) // 32 - f // 32 + 1 for f in full) + len(single)
     assert report.loads.sectors == sectors
     assert report.loads.efficiency == pytest.approx(64 * 65 * 4 / (32 * sectors))
+
+
+def test_traffic_of_a_gather(text):
+    """Per request: the distinct words and sectors, in whatever order the threads ask for them."""
+    memory, values, index = (
+        ptx.Memory(),
+        RNG.standard_normal(500).astype(np.float32),
+        RNG.integers(0, 99, (4, 32)).astype(np.int32),
+    )
+    x, y = memory.put(values), memory.empty(128, np.float32)
+    report = ptx.run(text, "gather", 2, 64, [x, memory.put(index), y], memory)
+    np.testing.assert_array_equal(y.numpy(), values[index.ravel()])
+    read, requests = report.loads_of[x], [set(row.tolist()) for row in index]
+    assert (read.requests, read.bytes) == (4, 512)
+    assert read.used == sum(4 * len(words) for words in requests)
+    assert read.sectors == sum(len({word // 8 for word in words}) for words in requests)
+    assert read.distinct == 4 * len(set.union(*requests))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import access, control, warp
 from .errors import PtxError, Trapped, UnknownInstruction, WarpError
-from .formats import PRED, RAW, SIGNED, TYPES, U64, Type
+from .formats import PRED, RAW, TYPES, U64, Type
 from .memory import LONGEST_ACCESS, Memory, SharedStore, Store
 from .parser import Address, Function, Group, Immediate, Instruction, Module, Not, Register, Special, Symbol, Variable
 from .table import operation_of
@@ -123,7 +123,7 @@ class Machine:
         return read
 
     def raw_writer(self, operand, type_: Type):
-        """A function that takes an index and values, and widens them to the register: with their sign if they have one."""
+        """A function that takes an index and values, and widens them to the register."""
         if operand is None:
             return lambda index, values: None
         if not isinstance(operand, Register):
@@ -133,7 +133,7 @@ class Machine:
 
         def write(index, values):
             if operand.size > type_.size:
-                values = values.astype((SIGNED if type_.kind == "s" else RAW)[operand.size])
+                values = values.astype(RAW[operand.size])  # extends the sign of signed integers
             if operand.size:
                 values = values.view(RAW[operand.size])
             if isinstance(index, slice):
