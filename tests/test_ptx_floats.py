@@ -77,29 +77,42 @@ def test_fma_of_double_is_exact():
     check(evaluate("fma.rn.f64 %d, %a, %b, %c;", "f64", *(("f64", v) for v in columns)), expected, "f64")
 
 
-@pytest.mark.parametrize("name", ["f16x2", "bf16x2"])
+@pytest.mark.parametrize("name", ["f16x2", "bf16x2", "f32x2"])
 def test_packed_pairs(name):
-    element = name[:-2]
+    """Each half by itself."""
+    element, bits = name[:-2], WIDTH[name] // 2
     a, b = combinations(floats(element), floats(element))
     c = a[::-1]
-    rows = [tuple(decoded(v, element) for v in row) for row in zip(a, b, c, strict=True)]
-    low = [exactly("fma", x, y, z, name=element) for x, y, z in rows]
-    high = [exactly("fma", y, x, z, name=element) for x, y, z in rows[::-1]][::-1]
 
     def pair(lower, upper):
-        return name, [y << 16 | x for x, y in zip(lower, upper, strict=True)]
+        return name, [y << bits | x for x, y in zip(lower, upper, strict=True)]
 
-    result = evaluate(f"fma.rn.{name} %d, %a, %b, %c;", name, pair(a, b), pair(b, a), pair(c, c))
-    check([r & 0xFFFF for r in result], low, element)
-    check([r >> 16 for r in result], high, element)
+    def fused(*columns):
+        return [exactly("fma", *(decoded(v, element) for v in row), name=element) for row in zip(*columns, strict=True)]
+
+    result = evaluate(f"fma.rn.{name} %d, %a, %b, %c;", name, pair(a, c), pair(b, a), pair(c, b))
+    check([r % 2**bits for r in result], fused(a, b, c), element)
+    check([r >> bits for r in result], fused(c, a, b), element)
+    if name == "f32x2":
+        return  # the rest exists for 16 bits only
     negated = evaluate(f"neg.{name} %d, %a;", name, pair(a, b))
     assert negated == [(y ^ 0x8000) << 16 | x ^ 0x8000 for x, y in zip(a, b, strict=True)]
-    larger = evaluate(f"max.{name} %d, %a, %b;", name, pair(a, b), pair(b, a))
-    check(
-        [r & 0xFFFF for r in larger],
-        [extreme(max, decoded(x, element), decoded(y, element)) for x, y in zip(a, b, strict=True)],
-        element,
-    )
+    larger = evaluate(f"max.{name} %d, %a, %b;", name, pair(a, c), pair(b, c))
+    expected = [extreme(max, decoded(x, element), decoded(y, element)) for x, y in zip(a, b, strict=True)]
+    check([r & 0xFFFF for r in larger], expected, element)
+    check([r >> 16 for r in larger], [decoded(v, element) for v in c], element)
+
+
+@pytest.mark.parametrize("narrow", ["f16", "bf16"])
+def test_mixed_precision(narrow):
+    """sm_100 adds a 16-bit number to a float32 one, and multiplies two of them into it."""
+    a, b, c = combinations(floats(narrow, 2), floats(narrow, 2), floats("f32", 4))
+    rows = [(decoded(x, narrow), decoded(y, narrow), decoded(z, "f32")) for x, y, z in zip(a, b, c, strict=True)]
+    expected = [exactly("fma", *row, name="f32") for row in rows]
+    check(evaluate(f"fma.rn.f32.{narrow} %d, %a, %b, %c;", "f32", (narrow, a), (narrow, b), ("f32", c)), expected, "f32")
+    for opcode in ("add", "sub"):
+        expected = [exactly(opcode, x, z, name="f32") for x, _, z in rows]
+        check(evaluate(f"{opcode}.rn.f32.{narrow} %d, %a, %b;", "f32", (narrow, a), ("f32", c)), expected, "f32")
 
 
 @pytest.mark.parametrize("opcode", ["add", "mul", "fma"])
@@ -166,6 +179,13 @@ def test_extremum(opcode, name):
             continue
         expected = [extreme(function, decoded(x, name), decoded(y, name), keep_nan) for x, y in zip(a, b, strict=True)]
         check(evaluate(f"{opcode}{suffix}.{name} %d, %a, %b;", name, (name, a), (name, b)), expected, name)
+
+
+def test_extremum_of_three():
+    operands = combinations(*[floats("f32", 2)] * 3)
+    rows = [[decoded(v, "f32") for v in row] for row in zip(*operands, strict=True)]
+    expected = [extreme(max, extreme(max, x, y), z) for x, y, z in rows]
+    check(evaluate("max.f32 %d, %a, %b, %c;", "f32", *(("f32", x) for x in operands)), expected, "f32")
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -237,7 +237,7 @@ KERNEL(histogram)(const int* x, int* counts, unsigned long long* extra, float* t
 """
 
 
-@pytest.fixture(params=["sm_80", "sm_90"])
+@pytest.fixture(params=["sm_80", "sm_90", "sm_100"])
 def text(request) -> str:
     return ptx.cuda_to_ptx(SOURCE, request.param)
 

@@ -1,4 +1,4 @@
-"""Triton kernels compiled offline for two architectures and executed by the PTX interpreter, against NumPy."""
+"""Triton kernels compiled offline for three architectures and executed by the PTX interpreter, against NumPy."""
 
 import numpy as np
 import oracle
@@ -58,6 +58,15 @@ def total_of_logs(x, partial, total, arrived, n, BLOCK: tl.constexpr, PROGRAMS: 
 
 
 @triton.jit
+def weighted(x, weights, y, n, BLOCK: tl.constexpr):
+    """float64 from bfloat16 where the weight, a byte, is not 0."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(weights + i, mask=i < n, other=0)
+    v = tl.load(x + i, mask=(i < n) & (w != 0), other=0.0).to(tl.float64)
+    tl.store(y + i, tl.exp(v) * w, mask=i < n)
+
+
+@triton.jit
 def transposed(x, y, rows, columns, BLOCK: tl.constexpr):
     """Through shared memory, when Triton changes the layout of the tile."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -77,18 +86,19 @@ def sources(capability: int) -> list[ptx.TritonSource]:
         source("row_norms", {"x": "*fp16", "y": "*fp32", **matrix}, {"ROWS": 8, "BLOCK": 128}, ("x", "y", "columns")),
         source("philox_words", {"y": "*i32", "seed": "i64", "n": "i32"}, {"BLOCK": 128}, ("y",)),
         source("total_of_logs", {"x": "*fp32", **counts, "n": "i32"}, {"BLOCK": 1024, "PROGRAMS": 16}, ("x", "n"), warps=8),
+        source("weighted", {"x": "*bf16", "weights": "*i8", "y": "*fp64", "n": "i32"}, {"BLOCK": 512}, ("x", "weights", "y")),
         source("transposed", {"x": "*fp32", "y": "*fp32", **matrix}, {"BLOCK": 32}, ("x", "y")),
     ]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, int], ptx.TritonKernel]:
-    """All kernels for both architectures, from one process."""
-    kernels = ptx.triton_to_ptx(*sources(80), *sources(90))
+    """All kernels for all architectures, from one process."""
+    kernels = ptx.triton_to_ptx(*sources(80), *sources(90), *sources(100))
     return {(kernel.source.function, kernel.source.capability): kernel for kernel in kernels}
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+@pytest.fixture(params=[80, 90, 100], ids="sm_{}".format)
 def kernel(request, compiled):
     return lambda name: compiled[name, request.param]
 
@@ -145,6 +155,14 @@ def test_last_program_adds_up(kernel):
         report = kernel("total_of_logs").run(10, args, memory)
         np.testing.assert_allclose(total.numpy(), np.log(values.astype(float)).sum(), rtol=1e-5)
         assert report.loads_of[x].bytes == values.nbytes and report.stores_to[partial].bytes == 40
+
+
+def test_weighted_double(kernel):
+    n, memory = 900, ptx.Memory()
+    bits = (RNG.standard_normal(n).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    weights, y = RNG.integers(-1, 3, n).astype(np.int8), memory.empty(n, np.float64)
+    kernel("weighted").run(2, {"x": memory.put(bits), "weights": memory.put(weights), "y": y, "n": n}, memory)
+    np.testing.assert_allclose(y.numpy(), np.where(weights, np.exp(from_bfloat16(bits)), 1) * weights, rtol=1e-14)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 96), (45, 70)])

@@ -30,18 +30,17 @@ is what reaches the L2 cache when nothing hits in L1.
 **What it does not model.**
 
 - The memory model. Lanes run in one order, and all see a store at once, so fences do nothing, and a missing one is not found. Nor is a
-  read of global memory that another thread writes without order. Blocks run in order, a chunk of them together: a block that waits for a
-  later one, in another chunk, hangs.
+  read of global memory that another thread writes without order. A thread that spins until another has stored something may hang.
 - Atomics are left out of the checks for races and for two writers; those on floats run in the order of the threads.
 - Time, caches, bank conflicts, registers and occupancy. The SASS that ptxas makes of the PTX may move and merge accesses.
 - Approximate instructions err by a pseudo-random part of what the PTX ISA allows, not by what a given chip does. NaNs have no payload.
 - Tensor cores, TMA, mbarriers, clusters, textures, named barriers for a part of a block, recursion.
 
 **Files.** ``parser`` text to instructions. ``formats`` types and exact rounding. ``table``, ``integer``, ``floating`` instructions that
-only touch registers. ``memory`` buffers, guards, counters. ``access`` loads, stores, atomics, copies. ``warp`` shuffles and votes.
-``control`` branches, calls, barriers. ``machine`` the scheduler. ``launch`` ``run``. ``compilers`` nvcc and Triton. ``evaluate`` one
-instruction, for its test. To add an instruction, put it into the table of its file and a row into ``test_ptx_integers.py`` or
-``test_ptx_floats.py``."""
+only touch registers. ``memory`` buffers, guards, counters. ``access`` loads, stores, atomics. ``tiles`` asynchronous copies, matrices.
+``warp`` shuffles and votes. ``control`` branches, calls, barriers. ``machine`` the scheduler. ``launch`` ``run``. ``compilers`` nvcc and
+Triton. ``evaluate`` one instruction, for its test. To add an instruction, put it into the table of its file and a row into
+``test_ptx_integers.py``, ``test_ptx_floats.py`` or ``test_ptx_machine.py``."""
 
 from .compilers import NVCC, TritonKernel, TritonSource, cuda_to_ptx, triton_to_ptx
 from .errors import (

@@ -1,12 +1,12 @@
-"""Loads, stores, atomics, asynchronous copies and address conversion.
+"""Loads, stores, atomics and address conversion.
 
 Each function takes the machine and an instruction and returns a handler: called with the threads (lanes) that execute the instruction."""
 
 import numpy as np
 
 from .errors import OutOfBounds
-from .formats import RAW, TYPES, U32, U64
-from .memory import INITIALIZED, LONGEST_ACCESS, WINDOW_BITS, WINDOWS
+from .formats import RAW, TYPES, U64
+from .memory import LONGEST_ACCESS, WINDOW_BITS, WINDOWS
 from .parser import Group
 from .table import Modifiers
 
@@ -15,7 +15,7 @@ _ORDER = ("weak", "relaxed", "acquire", "release", "acq_rel", "volatile", "cta",
 _CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
 
 
-def _without_hints(instruction) -> Modifiers:
+def without_hints(instruction) -> Modifiers:
     """Which cache to keep a line in, and how strongly an access is ordered, does not change what one thread sees."""
     m = Modifiers(instruction.modifiers)
     m.drop(lambda name: name in _ORDER + _CACHE or name.startswith(("L1::", "L2::")))
@@ -23,12 +23,12 @@ def _without_hints(instruction) -> Modifiers:
     return m
 
 
-def _finish(m: Modifiers) -> None:
+def finish(m: Modifiers) -> None:
     if m.left:
         raise ValueError(f"unknown modifier .{m.left[0]}")
 
 
-def _targets(machine, space: str | None, address: np.ndarray, lanes: np.ndarray):
+def targets(machine, space: str | None, address: np.ndarray, lanes: np.ndarray):
     """The stores that the addresses lie in: (store, which threads, owner, offset)."""
     if space in ("global", "const"):
         for buffer, chosen, offset in machine.memory.split(address, lanes):
@@ -45,11 +45,11 @@ def _targets(machine, space: str | None, address: np.ndarray, lanes: np.ndarray)
         for name, number in WINDOWS.items():
             chosen = np.flatnonzero(window == number)
             if chosen.size:
-                for store, _, owner, offset in _targets(machine, name, address[chosen] & (1 << WINDOW_BITS) - 1, lanes[chosen]):
+                for store, _, owner, offset in targets(machine, name, address[chosen] & (1 << WINDOW_BITS) - 1, lanes[chosen]):
                     yield store, chosen, owner, offset
         rest = everything[~np.isin(window, list(WINDOWS.values()))]
         if rest.size:
-            for store, chosen, owner, offset in _targets(machine, "global", address[rest], lanes[rest]):
+            for store, chosen, owner, offset in targets(machine, "global", address[rest], lanes[rest]):
                 yield store, rest[chosen], owner, offset
 
 
@@ -63,17 +63,17 @@ def _shape(instruction, m: Modifiers, data):
 
 
 def load(machine, instruction):
-    m = _without_hints(instruction)
+    m = without_hints(instruction)
     type_, items, space = _shape(instruction, m, instruction.operands[0])
     constant = bool(m.take("nc"))
-    _finish(m)
+    finish(m)
     size = type_.size * len(items)
     address, space = machine.address(instruction.operands[1], space)
     writers = [machine.writer(item, type_) for item in items]
 
     def handler(lanes):
         values = np.empty((len(items), lanes.size), RAW[type_.size])
-        for store, chosen, owner, offset in _targets(machine, space, address(lanes), lanes):
+        for store, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
             some = lanes[chosen]
             where = store.locate(owner, offset, size, some, write=False)
             store.on_load(where, size, some, constant)
@@ -86,16 +86,16 @@ def load(machine, instruction):
 
 
 def store(machine, instruction):
-    m = _without_hints(instruction)
+    m = without_hints(instruction)
     type_, items, space = _shape(instruction, m, instruction.operands[1])
-    _finish(m)
+    finish(m)
     size = type_.size * len(items)
     address, space = machine.address(instruction.operands[0], space)
     readers = [machine.reader(item, type_) for item in items]
 
     def handler(lanes):
         values = [np.broadcast_to(read(lanes).view(RAW[type_.size]), lanes.size) for read in readers]
-        for store, chosen, owner, offset in _targets(machine, space, address(lanes), lanes):
+        for store, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
             some = lanes[chosen]
             where = store.locate(owner, offset, size, some, write=True)
             store.on_store(where, size, some)
@@ -123,9 +123,9 @@ _ATOMICS = {
 
 def atomic(machine, instruction):
     """One thread after the other, in their order. Not part of the checks for races and for two writers."""
-    m = _without_hints(instruction)
+    m = without_hints(instruction)
     type_, space, name = m.type(), m.take("global", "shared"), m.take(*_ATOMICS)
-    _finish(m)
+    finish(m)
     function, operands = _ATOMICS[name], instruction.operands
     write = machine.writer(operands[0], type_) if instruction.opcode == "atom" else None
     place, *inputs = operands[1:] if instruction.opcode == "atom" else operands
@@ -136,7 +136,7 @@ def atomic(machine, instruction):
         inputs = [np.broadcast_to(read(lanes), lanes.size) for read in readers]
         b, c = inputs[0], inputs[-1]
         before = np.empty(lanes.size, type_.dtype)
-        for store, chosen, owner, offset in _targets(machine, space, address(lanes), lanes):
+        for store, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
             where = store.locate(owner, offset, type_.size, lanes[chosen], write=False)
             words = store.data.view(type_.dtype)
             for i, at in zip(np.arange(lanes.size)[chosen], where // type_.size, strict=True):
@@ -149,77 +149,14 @@ def atomic(machine, instruction):
     return handler
 
 
-# ---- asynchronous copies ----
-
-
-def copy_async(machine, instruction):
-    """``cp.async`` from global to shared memory. Bytes arrive when the thread waits for their group; until then nobody may read them."""
-    m = _without_hints(instruction)
-    if not m.take("async"):
-        raise ValueError("only cp.async is there")
-    kind = m.take("commit_group", "wait_group", "wait_all")
-    m.take("shared"), m.take("global")
-    _finish(m)
-    if kind == "commit_group":
-
-        def commit(lanes):
-            machine.commits[lanes] += 1
-
-        return commit
-    if kind:
-        pending = instruction.operands[0].value if kind == "wait_group" else -1
-        return lambda lanes: _complete(machine, lanes, pending)
-
-    destination, _ = machine.address(instruction.operands[0], "shared")
-    source, _ = machine.address(instruction.operands[1], "global")
-    size = instruction.operands[2].value
-    read_size = machine.reader(instruction.operands[3], U32) if len(instruction.operands) > 3 else None
-
-    def handler(lanes):
-        wanted = np.broadcast_to(read_size(lanes), lanes.size) if read_size else np.full(lanes.size, size)
-        if not np.isin(wanted, (0, size)).all():
-            raise ValueError("cp.async of a part of its size is not there")
-        words = np.zeros((size // 4, lanes.size), np.uint32)  # zeros where nothing is read
-        reading = np.flatnonzero(wanted)
-        targets = _targets(machine, "global", source(lanes)[reading], lanes[reading]) if reading.size else ()
-        for store, chosen, owner, offset in targets:
-            some = reading[chosen]
-            where = store.locate(owner, offset, size, lanes[some], write=False)
-            store.on_load(where, size, lanes[some])
-            for k in range(size // 4):
-                words[k, some] = store.load(where + 4 * k, 4)
-        where = machine.shared.locate(machine.block[lanes], destination(lanes), size, lanes, write=True)
-        machine.shared.on_store(where, size, lanes)
-        for k in range(size):
-            machine.shared.flags[where + k] &= ~np.uint8(INITIALIZED)
-        machine.copies.append((lanes, where, words, machine.commits[lanes]))
-
-    return handler
-
-
-def _complete(machine, lanes, pending):
-    """Delivers all but the last ``pending`` groups that each thread committed; -1: everything."""
-    waiting, machine.copies = machine.copies, []
-    waits = np.zeros(machine.lanes, bool)
-    waits[lanes] = True
-    for owners, where, words, group in waiting:
-        done = waits[owners] & ((group < machine.commits[owners] - pending) if pending >= 0 else True)
-        if done.any():
-            machine.shared.on_store(where[done], 4 * len(words), owners[done])
-            for k, word in enumerate(words):
-                machine.shared.store(where[done] + 4 * k, word[done], owners[done])
-        if not done.all():
-            machine.copies.append((owners[~done], where[~done], words[:, ~done], group[~done]))
-
-
 # ---- addresses ----
 
 
 def convert_address(machine, instruction):
     """``cvta``: between a window of the generic address space and what it shows. Global addresses are generic as they are."""
-    m = _without_hints(instruction)
+    m = without_hints(instruction)
     to, space, _ = m.take("to"), m.take(*SPACES), m.type()
-    _finish(m)
+    finish(m)
     read, write = machine.reader(instruction.operands[1], U64), machine.writer(instruction.operands[0], U64)
     base = np.uint64(WINDOWS.get(space, 0) << WINDOW_BITS)
 
@@ -242,6 +179,8 @@ def access_size(instruction) -> int:
     """Bytes of one access of a load, a store, an atomic or an asynchronous copy."""
     if instruction.opcode == "cp":
         return instruction.operands[2].value if len(instruction.operands) > 2 else LONGEST_ACCESS
+    if instruction.opcode.endswith("matrix"):
+        return 16
     types = [TYPES[name] for name in instruction.modifiers if name in TYPES]
     vectors = [int(name[1]) for name in instruction.modifiers if name in ("v2", "v4", "v8")]
     return types[-1].size * (vectors[0] if vectors else 1)
@@ -253,7 +192,6 @@ HANDLERS = {
     "st": store,
     "atom": atomic,
     "red": atomic,
-    "cp": copy_async,
     "cvta": convert_address,
     "createpolicy": cache_policy,
 }

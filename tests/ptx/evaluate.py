@@ -12,7 +12,7 @@ from .launch import run
 from .memory import Memory
 
 WIDTH = {"pred": 0, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16}
-WIDTH |= {f"{kind}{bits}": bits for kind in "busf" for bits in (32, 64)} | {"f16x2": 32, "bf16x2": 32}
+WIDTH |= {f"{kind}{bits}": bits for kind in "busf" for bits in (32, 64)} | {"f16x2": 32, "bf16x2": 32, "f32x2": 64}
 
 
 def evaluate(statement: str, result: str, *inputs: tuple[str, list[int]]) -> list[int]:

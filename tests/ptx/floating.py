@@ -7,6 +7,7 @@ stay exact, as they are on the hardware."""
 import numpy as np
 
 from .formats import (
+    F32,
     F64,
     SMALLEST_NORMAL,
     TYPES,
@@ -34,7 +35,7 @@ def _elementwise(type_: Type, sources: int, compute) -> Operation:
 
     def on_pairs(*operands):
         pairs = (np.ascontiguousarray(x)[:, None].view(element) for x in operands)
-        return np.ascontiguousarray(compute(*pairs)).view(np.uint32)[:, 0]
+        return np.ascontiguousarray(compute(*pairs)).view(type_.dtype)[:, 0]
 
     return same(type_, sources, on_pairs)
 
@@ -72,13 +73,27 @@ def arithmetic(opcode, m):
         "sub": (np.subtract, lambda a, b: add_to_odd(a, -b)),
         "mul": (np.multiply, np.multiply),
     }[opcode]
-    return _rounded(m, m.type(), 2, native, exact)
+    type_ = m.type()
+    if m.take("f32") and type_.size == 2:
+        return _mixed(_rounded(m, F32, 2, native, exact), type_)
+    return _rounded(m, type_, 2, native, exact)
 
 
 @operation("fma", floats=True)
 def fma(m):
     type_ = m.type()
+    if m.take("f32") and type_.size == 2:
+        return _mixed(_rounded(m, F32, 3, None, fma_to_odd), type_)
     return _rounded(m, type_, 3, fma64 if type_ is F64 else None, fma_to_odd)
+
+
+def _mixed(operation: Operation, narrow: Type) -> Operation:
+    """Of sm_100: all sources but the last have 16 bits, ``add.rn.f32.f16``."""
+
+    def compute(*x):
+        return operation.compute(*(to_float64(v, narrow.name).astype(np.float32) for v in x[:-1]), x[-1])
+
+    return Operation((F32,), (*[narrow] * (len(operation.sources) - 1), F32), compute)
 
 
 @operation("div", floats=True)
@@ -127,7 +142,7 @@ def copysign(m):
 
 @operation("min", "max", floats=True)
 def extremum(opcode, m):
-    """The other operand where one is NaN, but NaN with ``.NaN``; -0 is below +0."""
+    """The other operand where one is NaN, but NaN with ``.NaN``; -0 is below +0. float32 ones may have three operands on sm_100."""
     type_ = m.type()
     name, ftz, keep_nan = type_.name.removesuffix("x2"), m.take("ftz"), m.take("NaN")
     pick = np.fmin if opcode == "min" else np.fmax
@@ -143,6 +158,8 @@ def extremum(opcode, m):
             result = np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), result)
         return from_float64(result, name) if name in ("f16", "bf16") else result
 
+    if m.sources == 3 and name == "f32":
+        return same(type_, 3, lambda a, b, c: compute(compute(a, b), c))
     return _elementwise(type_, 2, compute)
 
 

@@ -38,9 +38,10 @@ TYPES = {
     "bf16": Type("bf16", 2, "f", np.uint16),
     "f16x2": Type("f16x2", 4, "f", np.uint32),
     "bf16x2": Type("bf16x2", 4, "f", np.uint32),
+    "f32x2": Type("f32x2", 8, "f", np.uint64),
     "pred": Type("pred", 0, "p", np.bool_),
 }
-U32, U64, PRED, F64 = TYPES["u32"], TYPES["u64"], TYPES["pred"], TYPES["f64"]
+U32, U64, PRED, F32, F64 = TYPES["u32"], TYPES["u64"], TYPES["pred"], TYPES["f32"], TYPES["f64"]
 SMALLEST_NORMAL = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-1022}
 
 

@@ -8,9 +8,9 @@ Registers hold raw bits, one array each; an array is replaced, never written to,
 
 import numpy as np
 
-from . import access, control, warp
+from . import access, control, tiles, warp
 from .errors import PtxError, Trapped, UnknownInstruction, WarpError
-from .formats import PRED, RAW, TYPES, U64, Type
+from .formats import PRED, RAW, TYPES, Type
 from .memory import LONGEST_ACCESS, Memory, SharedStore, Store
 from .parser import Address, Function, Group, Immediate, Instruction, Module, Not, Register, Special, Symbol, Variable
 from .table import operation_of
@@ -75,7 +75,7 @@ class Machine:
             for variable in dynamic:
                 variable.offset = start
             self.shared_size = start + shared_bytes
-        accesses = [i for i in self.code if i.opcode in ("ld", "st", "atom", "red", "cp")]
+        accesses = [i for i in self.code if i.opcode in ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")]
         self.shared_granule, stores = LONGEST_ACCESS, LONGEST_ACCESS
         for instruction in accesses:
             spaces = {name.removesuffix("::cta") for name in instruction.modifiers} & set(access.SPACES)
@@ -167,8 +167,9 @@ class Machine:
         base = operand.base
         if isinstance(base, Symbol):
             space = "local" if base.variable in self.in_local else base.variable.space
-        read = self.raw_reader(base, TYPES[f"b{8 * base.size}"] if isinstance(base, Register) else U64)
-        return lambda lanes: np.broadcast_to(read(self.exactly(lanes)), lanes.size).astype(np.int64) + operand.offset, space
+        type_ = TYPES[f"s{8 * base.size}"] if isinstance(base, Register) else TYPES["s64"]
+        read, offset = self.raw_reader(base, type_), type_.dtype(operand.offset)  # the sum wraps around at the register's width
+        return lambda lanes: np.broadcast_to(read(self.exactly(lanes)) + offset, lanes.size).astype(np.int64), space
 
     # ---- execution ----
 
@@ -294,8 +295,9 @@ class Machine:
             return control.HANDLERS[instruction.opcode](self, instruction, pc)
         if instruction.opcode in warp.HANDLERS:
             return warp.HANDLERS[instruction.opcode](self, instruction, pc)
-        if instruction.opcode in access.HANDLERS:
-            return access.HANDLERS[instruction.opcode](self, instruction)
+        for table in (access.HANDLERS, tiles.HANDLERS):
+            if instruction.opcode in table:
+                return table[instruction.opcode](self, instruction)
         if instruction.opcode == "mov" and (packing := control.packing_move(self, instruction)):
             return packing
         return self._bind_operation(instruction)

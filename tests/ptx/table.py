@@ -21,10 +21,11 @@ class Operation(NamedTuple):
 
 
 class Modifiers:
-    """The dotted parts behind an opcode, each to be taken once."""
+    """The dotted parts behind an opcode, each to be taken once, and how many operands follow the result."""
 
-    def __init__(self, names: tuple[str, ...]):
+    def __init__(self, names: tuple[str, ...], sources: int = 0):
         self.left = list(names)
+        self.sources = sources
 
     def take(self, *names: str) -> str | None:
         """The first of ``names`` that is there, or None."""
@@ -70,7 +71,7 @@ def operation_of(instruction: Instruction) -> Operation:
     build = OPERATIONS.get((instruction.opcode, bool(types) and TYPES[types[-1]].kind == "f"))
     if build is None:
         raise ValueError("no such opcode in the table")
-    modifiers = Modifiers(instruction.modifiers)
+    modifiers = Modifiers(instruction.modifiers, len(instruction.operands) - 1)
     found = build(modifiers)
     if modifiers.left:
         raise ValueError(f"unknown modifier .{modifiers.left[0]}")
