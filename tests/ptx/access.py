@@ -23,11 +23,6 @@ def without_hints(instruction) -> Modifiers:
     return m
 
 
-def finish(m: Modifiers) -> None:
-    if m.left:
-        raise ValueError(f"unknown modifier .{m.left[0]}")
-
-
 def targets(machine, space: str | None, address: np.ndarray, lanes: np.ndarray):
     """The stores that the addresses lie in: (store, which threads, owner, offset)."""
     if space in ("global", "const"):
@@ -66,7 +61,7 @@ def load(machine, instruction):
     m = without_hints(instruction)
     type_, items, space = _shape(instruction, m, instruction.operands[0])
     constant = bool(m.take("nc"))
-    finish(m)
+    m.done()
     size = type_.size * len(items)
     address, space = machine.address(instruction.operands[1], space)
     writers = [machine.writer(item, type_) for item in items]
@@ -88,7 +83,7 @@ def load(machine, instruction):
 def store(machine, instruction):
     m = without_hints(instruction)
     type_, items, space = _shape(instruction, m, instruction.operands[1])
-    finish(m)
+    m.done()
     size = type_.size * len(items)
     address, space = machine.address(instruction.operands[0], space)
     readers = [machine.reader(item, type_) for item in items]
@@ -125,7 +120,7 @@ def atomic(machine, instruction):
     """One thread after the other, in their order. Not part of the checks for races and for two writers."""
     m = without_hints(instruction)
     type_, space, name = m.type(), m.take("global", "shared"), m.take(*_ATOMICS)
-    finish(m)
+    m.done()
     function, operands = _ATOMICS[name], instruction.operands
     write = machine.writer(operands[0], type_) if instruction.opcode == "atom" else None
     place, *inputs = operands[1:] if instruction.opcode == "atom" else operands
@@ -156,7 +151,7 @@ def convert_address(machine, instruction):
     """``cvta``: between a window of the generic address space and what it shows. Global addresses are generic as they are."""
     m = without_hints(instruction)
     to, space, _ = m.take("to"), m.take(*SPACES), m.type()
-    finish(m)
+    m.done()
     read, write = machine.reader(instruction.operands[1], U64), machine.writer(instruction.operands[0], U64)
     base = np.uint64(WINDOWS.get(space, 0) << WINDOW_BITS)
 
@@ -175,8 +170,11 @@ def cache_policy(machine, instruction):
     return lambda lanes: write(lanes, np.zeros(1, np.uint64))
 
 
+ACCESSES = ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")
+
+
 def access_size(instruction) -> int:
-    """Bytes of one access of a load, a store, an atomic or an asynchronous copy."""
+    """Bytes of one access of an instruction in ``ACCESSES``."""
     if instruction.opcode == "cp":
         return instruction.operands[2].value if len(instruction.operands) > 2 else LONGEST_ACCESS
     if instruction.opcode.endswith("matrix"):

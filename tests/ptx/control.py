@@ -147,15 +147,16 @@ def barrier(machine, instruction, pc):
     if m.take("warp"):
         return warp_barrier(machine, instruction, pc)
     m.take("cta"), m.take("aligned")
-    kind, operands = m.take("sync", "red"), list(instruction.operands)
-    if kind == "sync" and len(operands) == 1:
+    operands = instruction.operands
+    if m.take("sync") and len(operands) == 1:
         machine.reductions[pc] = None
-    elif kind == "red" and len(operands) == 3:
+    elif m.take("red") and len(operands) == 3:
         combine, type_ = m.take("popc", "and", "or"), m.type()
         write, flag = machine.writer(operands[0], type_), machine.reader(operands[2], PRED)
         machine.reductions[pc] = lambda lanes: _reduce(machine, lanes, combine, flag, write)
     else:
         raise ValueError("only barriers of all threads of a block are there")
+    m.done()
 
     def handler(lanes):
         machine.waiting.setdefault(pc, []).append(lanes)

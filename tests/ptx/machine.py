@@ -75,15 +75,17 @@ class Machine:
             for variable in dynamic:
                 variable.offset = start
             self.shared_size = start + shared_bytes
-        accesses = [i for i in self.code if i.opcode in ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")]
-        self.shared_granule, stores = LONGEST_ACCESS, LONGEST_ACCESS
-        for instruction in accesses:
+        self.shared_granule = self._shortest("shared", access.ACCESSES)
+        self.store_granule = self._shortest("global", ("st",))
+
+    def _shortest(self, space: str, opcodes) -> int:
+        """Bytes of the shortest access to a space, also through generic addresses: the grain at which it must be watched."""
+        sizes = [LONGEST_ACCESS]
+        for instruction in self.code:
             spaces = {name.removesuffix("::cta") for name in instruction.modifiers} & set(access.SPACES)
-            if not spaces or "shared" in spaces:
-                self.shared_granule = min(self.shared_granule, access.access_size(instruction))
-            if instruction.opcode == "st" and (not spaces or "global" in spaces):
-                stores = min(stores, access.access_size(instruction))
-        self.memory.begin_launch(stores)
+            if instruction.opcode in opcodes and (not spaces or space in spaces):
+                sizes.append(access.access_size(instruction))
+        return min(sizes)
 
     # ---- operands ----
 
@@ -177,6 +179,7 @@ class Machine:
         blocks = int(np.prod(self.grid))
         per_chunk = max(1, LANES_PER_CHUNK // self.threads)
         self.steps, self.max_steps = 0, max_steps
+        self.memory.begin_launch(self.store_granule)
         for first in range(0, blocks, per_chunk):
             self._begin_chunk(first, min(per_chunk, blocks - first))
             while self.ready or control.release_barriers(self):

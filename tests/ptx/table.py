@@ -43,6 +43,11 @@ class Modifiers:
                 return TYPES[name]
         raise ValueError("an operand type is missing")
 
+    def done(self) -> None:
+        """To be called when all modifiers that are known have been taken."""
+        if self.left:
+            raise ValueError(f"unknown modifier .{self.left[0]}")
+
     def drop(self, accept: Callable[[str], bool]) -> None:
         """Modifiers that change nothing here, such as cache hints."""
         self.left = [name for name in self.left if not accept(name)]
@@ -73,8 +78,7 @@ def operation_of(instruction: Instruction) -> Operation:
         raise ValueError("no such opcode in the table")
     modifiers = Modifiers(instruction.modifiers, len(instruction.operands) - 1)
     found = build(modifiers)
-    if modifiers.left:
-        raise ValueError(f"unknown modifier .{modifiers.left[0]}")
+    modifiers.done()
     return found
 
 

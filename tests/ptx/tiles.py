@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .access import finish, targets, without_hints
+from .access import targets, without_hints
 from .errors import WarpError
 from .formats import U32
 from .memory import INITIALIZED
@@ -18,7 +18,7 @@ def copy_async(machine, instruction):
         raise ValueError("only cp.async is there")
     kind = m.take("commit_group", "wait_group", "wait_all")
     m.take("shared"), m.take("global")
-    finish(m)
+    m.done()
     if kind == "commit_group":
 
         def commit(lanes):
@@ -82,7 +82,7 @@ class _Matrices:
         m = without_hints(instruction)
         m.take("sync"), m.take("aligned"), m.take("m8n8"), m.take("b16"), m.take("shared")
         self.count, self.transposed = int(m.take("x1", "x2", "x4")[1:]), m.take("trans")
-        finish(m)
+        m.done()
         self.machine, (self.address, _) = machine, machine.address(place, "shared")
         self.registers = data.items if isinstance(data, Group) else (data,)
 

@@ -22,6 +22,7 @@ def shuffle(machine, instruction, pc):
     m = Modifiers(instruction.modifiers)
     m.take("sync"), m.take("b32")
     mode = m.take("up", "down", "bfly", "idx")
+    m.done()
     result, value, amount, control, mask = instruction.operands
     write_value, write_inside = _pair(machine, result, U32)
     value, amount, control, mask = (machine.reader(operand, U32) for operand in (value, amount, control, mask))
@@ -61,6 +62,7 @@ def vote(machine, instruction, pc):
     m = Modifiers(instruction.modifiers)
     m.take("sync"), m.take("pred", "b32")
     kind = m.take("all", "any", "uni", "ballot")
+    m.done()
     result, flag, mask = instruction.operands
     flag, mask = machine.reader(flag, PRED), machine.reader(mask, U32)
     write = machine.writer(result, U32 if kind == "ballot" else PRED)
@@ -83,6 +85,7 @@ def match(machine, instruction, pc):
     m = Modifiers(instruction.modifiers)
     m.take("sync")
     kind, type_ = m.take("any", "all"), m.type()
+    m.done()
     result, value, mask = instruction.operands
     write, write_all = _pair(machine, result, U32)
     value, mask = machine.reader(value, type_), machine.reader(mask, U32)
@@ -119,6 +122,7 @@ def reduction(machine, instruction, pc):
     m = Modifiers(instruction.modifiers)
     m.take("sync")
     function, type_ = _REDUCTIONS[m.take(*_REDUCTIONS)], m.type()
+    m.done()
     result, value, mask = instruction.operands
     write, value, mask = machine.writer(result, type_), machine.reader(value, type_), machine.reader(mask, U32)
 
