@@ -26,14 +26,14 @@ def branch(machine, instruction, pc):
 
 
 def _label(machine, pc: int, name: str) -> int:
-    function = machine.function_at[pc]
-    return machine.start[function.name] + function.labels[name]
+    function = machine.program.function_at[pc]
+    return machine.program.start[function.name] + function.labels[name]
 
 
 def branch_indexed(machine, instruction, pc):
     index, table = instruction.operands
     index = machine.reader(index, U32)
-    targets = [_label(machine, pc, name) for name in machine.function_at[pc].targets[table.name]]
+    targets = [_label(machine, pc, name) for name in machine.program.function_at[pc].targets[table.name]]
 
     def handler(lanes):
         chosen = np.broadcast_to(index(lanes), lanes.size)
@@ -49,7 +49,7 @@ def branch_indexed(machine, instruction, pc):
 
 def end(machine, instruction, pc):
     """``ret`` from the entry, and ``exit``."""
-    function = machine.function_at[pc]
+    function = machine.program.function_at[pc]
     if instruction.opcode == "ret" and not function.entry:
         return lambda lanes: _return(machine, function, lanes)
 
@@ -85,15 +85,15 @@ def call(machine, instruction, pc):
     position = [isinstance(operand, Name) for operand in instruction.operands].index(True)
     before, after = instruction.operands[:position], instruction.operands[position + 1 :]
     outputs, inputs = ([symbol.variable for group in part for symbol in group.items] for part in (before, after))
-    if name not in machine.module.functions:
+    if name not in machine.program.functions:
         return _call_of_the_runtime(machine, name, inputs)
-    function = machine.module.functions[name]
+    function = machine.program.functions[name]
 
     def handler(lanes):
         for actual, formal in zip(inputs, function.parameters, strict=True):
             _copy(machine.local, lanes, actual, formal)
         machine.returns.setdefault(name, np.zeros(machine.lanes, np.int64))[lanes] = pc
-        machine.arrive(machine.start[name], lanes)
+        machine.arrive(machine.program.start[name], lanes)
         return NOBODY
 
     machine.outputs[pc] = outputs

@@ -10,6 +10,7 @@ from .formats import TYPES
 from .machine import Machine
 from .memory import Buffer, Memory, Store, Traffic
 from .parser import Variable, parse
+from .program import Program
 
 parse_once = lru_cache(maxsize=32)(parse)
 
@@ -51,7 +52,8 @@ def run(
     required = (*(function.threads or block), 1, 1)[:3]
     if required != block:
         raise ValueError(f"run: block {block}, but the kernel was compiled for {required}")
-    machine = Machine(module, ptx_text, function, grid, block, _parameters(function.parameters, args), memory, shared_bytes)
+    program = Program(module, ptx_text, function, shared_bytes)
+    machine = Machine(program, grid, block, _parameters(function.parameters, args), memory)
     with np.errstate(all="ignore"):
         machine.run(max_steps)
     return Report(dict(memory.loads), dict(memory.stores), machine.atomics, machine.instructions)

@@ -11,8 +11,9 @@ import numpy as np
 from . import access, control, tiles, warp
 from .errors import PtxError, Trapped, UnknownInstruction, WarpError
 from .formats import PRED, RAW, TYPES, Type
-from .memory import LONGEST_ACCESS, Memory, SharedStore, Store
-from .parser import Address, Function, Group, Immediate, Instruction, Module, Not, Register, Special, Symbol, Variable
+from .memory import Memory, SharedStore, Store
+from .parser import Address, Group, Immediate, Instruction, Not, Register, Special, Symbol, Variable
+from .program import Program
 from .table import operation_of
 
 LANES_PER_CHUNK = 1 << 14
@@ -24,68 +25,15 @@ def joined(groups: list[np.ndarray]) -> np.ndarray:
 
 
 class Machine:
-    def __init__(
-        self, module: Module, key: str, entry: Function, grid, block, parameters: Store, memory: Memory, shared_bytes: int
-    ):
-        self.module, self.key, self.memory, self.parameters = module, key, memory, parameters
+    def __init__(self, program: Program, grid: tuple[int, ...], block: tuple[int, ...], parameters: Store, memory: Memory):
+        self.program, self.code, self.memory, self.parameters = program, program.code, memory, parameters
         self.grid, self.block_shape = grid, block
         self.threads = int(np.prod(block))
         self.instructions = self.atomics = 0
         self.special: dict[str, np.ndarray] = {}
         self.outputs: dict[int, list[Variable]] = {}  # of the call at a program counter
         self.reductions: dict = {}  # of the barrier at a program counter
-        self._link(entry)
-        self._lay_out(entry, shared_bytes)
         self.handlers: list = [None] * len(self.code)  # bound when first executed
-
-    # ---- the program ----
-
-    def _link(self, entry: Function) -> None:
-        """The entry and all functions that it may call, one after the other."""
-        self.code: list[Instruction] = []
-        self.start: dict[str, int] = {}
-        self.function_at: list[Function] = []
-        names = [entry.name]
-        for name in names:
-            function = self.module.functions[name]
-            self.start[name] = len(self.code)
-            self.code += function.instructions
-            self.function_at += [function] * len(function.instructions)
-            for instruction in function.instructions:
-                if instruction.opcode == "call":
-                    callee = control.callee(instruction)
-                    if callee in self.module.functions and callee not in names:
-                        names.append(callee)
-        self.functions = [self.module.functions[name] for name in names]
-
-    def _lay_out(self, entry: Function, shared_bytes: int) -> None:
-        """Offsets of variables in shared and local memory. A function has one frame, which forbids recursion; the parameters of
-        functions and of call sequences lie in local memory too."""
-        self.shared_size = self.local_size = 0
-        own = [v for f in self.functions for v in f.variables + (f.parameters + f.results if f is not entry else [])]
-        self.in_local = {v for v in own if v.space in ("local", "param")}
-        for variable in own + [v for v in self.module.variables.values() if v.space == "shared"]:
-            field = "local_size" if variable in self.in_local else "shared_size"
-            if not variable.extern:
-                variable.offset = -(-getattr(self, field) // variable.align) * variable.align
-                setattr(self, field, variable.offset + variable.size)
-        dynamic = [v for v in self.module.variables.values() if v.space == "shared" and v.extern]
-        if dynamic:
-            start = -(-self.shared_size // 16) * 16
-            for variable in dynamic:
-                variable.offset = start
-            self.shared_size = start + shared_bytes
-        self.shared_granule = self._shortest("shared", access.ACCESSES)
-        self.store_granule = self._shortest("global", ("st",))
-
-    def _shortest(self, space: str, opcodes) -> int:
-        """Bytes of the shortest access to a space, also through generic addresses: the grain at which it must be watched."""
-        sizes = [LONGEST_ACCESS]
-        for instruction in self.code:
-            spaces = {name.removesuffix("::cta") for name in instruction.modifiers} & set(access.SPACES)
-            if instruction.opcode in opcodes and (not spaces or space in spaces):
-                sizes.append(access.access_size(instruction))
-        return min(sizes)
 
     # ---- operands ----
 
@@ -161,14 +109,14 @@ class Machine:
 
     def address_of(self, variable: Variable) -> int:
         if variable.space in ("global", "const"):
-            return self.memory.variable(self.key, variable.name, variable.data, variable.space == "const").address
+            return self.memory.variable(self.program.key, variable.name, variable.data, variable.space == "const").address
         return variable.offset
 
     def address(self, operand: Address, space: str | None):
         """A function from lanes to addresses, and the space they are in."""
         base = operand.base
         if isinstance(base, Symbol):
-            space = "local" if base.variable in self.in_local else base.variable.space
+            space = "local" if base.variable in self.program.in_local else base.variable.space
         type_ = TYPES[f"s{8 * base.size}"] if isinstance(base, Register) else TYPES["s64"]
         read, offset = self.raw_reader(base, type_), type_.dtype(operand.offset)  # the sum wraps around at the register's width
         return lambda lanes: np.broadcast_to(read(self.exactly(lanes)) + offset, lanes.size).astype(np.int64), space
@@ -179,7 +127,7 @@ class Machine:
         blocks = int(np.prod(self.grid))
         per_chunk = max(1, LANES_PER_CHUNK // self.threads)
         self.steps, self.max_steps = 0, max_steps
-        self.memory.begin_launch(self.store_granule)
+        self.memory.begin_launch(self.program.store_granule)
         for first in range(0, blocks, per_chunk):
             self._begin_chunk(first, min(per_chunk, blocks - first))
             while self.ready or control.release_barriers(self):
@@ -197,10 +145,10 @@ class Machine:
         self.warps = blocks * warps_per_block
         self.first_block = first
         self.special.update(self._special_registers(first, thread))
-        self.registers: list[np.ndarray | None] = [None] * self.module.registers
+        self.registers: list[np.ndarray | None] = [None] * self.program.registers
         self.carry = np.zeros(self.lanes, np.bool_)
-        self.local = Store("local memory", self.local_size, self.lanes)
-        self.shared = SharedStore(blocks, self.shared_size, self.shared_granule, self.warp)
+        self.local = Store("local memory", self.program.local_size, self.lanes)
+        self.shared = SharedStore(blocks, self.program.shared_size, self.program.shared_granule, self.warp)
         self.memory.begin_chunk(first * self.threads + lanes, self.warp)
         self.exited = np.zeros(self.lanes, np.bool_)
         self.live = self.lanes
