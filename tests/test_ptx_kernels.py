@@ -272,6 +272,26 @@ def test_transpose(text, rows, columns):
     assert report.loads.efficiency == report.stores.efficiency == 1 or rows % 32
 
 
+def test_launches_do_not_see_each_other(text):
+    """What one launch stored, the next may load through the read-only cache, and other threads of it may store again."""
+    memory, values = ptx.Memory(), RNG.standard_normal((32, 32)).astype(np.float32)
+    x, y, z = memory.put(values), memory.empty((32, 32), np.float32), memory.empty((32, 32), np.float32)
+    ptx.run(text, "transpose", 1, (32, 8), [x, y, 32, 32], memory)
+    report = ptx.run(text, "transpose", 1, (32, 8), [y, z, 32, 32], memory)
+    np.testing.assert_array_equal(z.numpy(), values)
+    assert report.loads_of[y].distinct == report.stores_to[z].distinct == 4096 and y not in report.stores_to
+    order = RNG.permutation(1024).astype(np.int32)
+    ptx.run(text, "gather", 8, 128, [x, memory.put(order), y], memory)
+    np.testing.assert_array_equal(y.numpy().ravel(), values.ravel()[order])
+
+
+def test_negative_arguments(text):
+    memory = ptx.Memory()
+    total = memory.empty(1, np.float32)
+    ptx.run(text, "sum", 1, 32, [0, memory.empty(1, np.float32), total, -5], memory)
+    assert total.numpy() == 0
+
+
 @pytest.mark.parametrize("pixels", [128, 1000])
 def test_softmax_over_channels(text, pixels):
     channels, memory = 19, ptx.Memory()

@@ -1,5 +1,6 @@
 """Memory, warps, control flow and refusals of the PTX interpreter, in PTX written by hand: needs no compiler."""
 
+import operator
 import re
 
 import numpy as np
@@ -136,9 +137,9 @@ def test_addresses_wrap_around_at_the_width_of_their_register():
 def test_matrices():
     """Through ldmatrix, and back through stmatrix, transposed."""
     values = np.arange(32 * 8, dtype=np.uint16)  # 16 bytes of each lane, a row of one of four matrices
-    load = """ld.param.u64 %rd0, [x]; mad.wide.u32 %rd0, %t, 16, %rd0; ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%rd0];
+    load = """ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%x];
         mov.u32 %r9, s; mad.lo.u32 %r9, %t, 16, %r9; st.shared.v4.b32 [%r9], {%r0, %r1, %r2, %r3}; bar.sync 0;"""
-    store = "ld.param.u64 %rd1, [y]; mad.wide.u32 %rd1, %t, 16, %rd1; st.global.v4.b32 [%rd1], {%r4, %r5, %r6, %r7};"
+    store = "st.global.v4.b32 [%y], {%r4, %r5, %r6, %r7};"
     matrices = values.reshape(4, 8, 8)
     for suffix, expected in (("", matrices), (".trans", matrices.transpose(0, 2, 1))):
         move = f"ldmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16 {{%r4, %r5, %r6, %r7}}, [%r9];"
@@ -147,13 +148,19 @@ def test_matrices():
         back = f"bar.sync 0; stmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16 [%r9], {{%r4, %r5, %r6, %r7}}; bar.sync 0;"
         back += "ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r9];"
         np.testing.assert_array_equal(_matrix_run(load + move + back + store, values), values)
-    with pytest.raises(ptx.WarpError, match="not all lanes"):
-        _matrix_run(load + "setp.ne.u32 %p0, %t, 5; @%p0 " + move + store, values)
+    for missing in ("%t, 5", "%i, 40"):
+        with pytest.raises(ptx.WarpError, match="not all lanes"):
+            _matrix_run(load + f"setp.ne.u32 %p0, {missing}; @%p0 " + move + store, np.tile(values, 2), blocks=2)
+    two = "setp.lt.u32 %p0, %t, 16; selp.u32 %r9, %r9, -16, %p0; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r4, %r5}, [%r9];"
+    two += "mov.u32 %r6, 0; mov.u32 %r7, 0;"  # the addresses of the upper lanes do not count
+    np.testing.assert_array_equal(_matrix_run(load + two + store, values).reshape(32, 4, 2)[:, 1].reshape(8, 8), matrices[1])
+    with pytest.raises(ptx.Uninitialized, match="16 bytes at offset 512 of shared"):
+        _matrix_run(load + "setp.eq.u32 %p0, %t, 20; selp.u32 %r9, 512, %r9, %p0;" + move + store, values)
 
 
-def _matrix_run(body: str, values: np.ndarray) -> np.ndarray:
+def _matrix_run(body: str, values: np.ndarray, blocks: int = 1) -> np.ndarray:
     """One 16-byte row per thread, in and out."""
-    return execute(body, values.view(np.uint32), "V16").view(np.uint16)
+    return execute(body, values.view("V16"), "V16", blocks=blocks).view(np.uint16)
 
 
 ATOMICS = {
@@ -178,6 +185,8 @@ def test_atomics_one_after_the_other(name, type_):
     """All threads at one word of shared memory: each gets what the one before it left."""
     bits, dtype = int(type_[1:]), np.dtype(f"{'i' if type_[0] == 's' else 'u'}{int(type_[1:]) // 8}")
     start, operands = 5, (lanes * 7 % 11 - (3 if type_[0] == "s" else 0)).astype(dtype)
+    if name == "inc":
+        operands = (lanes // 3 % 4).astype(dtype)
     if name == "cas":
         operands = np.where(lanes % 4 == 0, 5, operands).astype(dtype)
     kind = f"b{bits}" if name in ("and", "or", "xor", "exch", "cas") else type_
@@ -198,8 +207,9 @@ def test_atomics_one_after_the_other(name, type_):
 def test_votes_and_reductions():
     body = """ld.global.u32 %r0, [%x]; and.b32 %r1, %r0, 1; setp.eq.u32 %p0, %r1, 1; vote.sync.uni.pred %p1, %p0, -1;
         selp.u32 %r2, 1, 0, %p1; match.all.sync.b32 %r3|%p2, %r1, -1; selp.u32 %r4, 2, 0, %p2; redux.sync.xor.b32 %r5, %r0, -1;
-        add.u32 %r2, %r2, %r4; mad.lo.u32 %r2, %r5, 4, %r2; st.global.u32 [%y], %r2;"""
-    assert set(execute(body, X, "u4").tolist()) == {4 * int(np.bitwise_xor.reduce(X)) + 3}
+        add.u32 %r2, %r2, %r4; mad.lo.u32 %r2, %r5, 4, %r2; add.u32 %r2, %r2, %r3; st.global.u32 [%y], %r2;"""
+    for alike in (X, X + np.uint32(1)):
+        assert set(execute(body, alike, "u4").tolist()) == {(4 * int(np.bitwise_xor.reduce(alike)) + 3 + 2**32 - 1) % 2**32}
     mixed = X + (lanes == 5)
     assert set(execute(body, mixed.astype(np.uint32), "u4").tolist()) == {4 * int(np.bitwise_xor.reduce(mixed))}
 
@@ -253,9 +263,11 @@ def test_blocks_do_not_share_memory():
     np.testing.assert_array_equal(execute(body, np.zeros(96, np.uint32), "u4", blocks=3), np.repeat([0, 1, 2], 32))
 
 
-def test_lane_masks():
-    assert evaluate("mov.u32 %d, %lanemask_lt;", "u32", ("u32", list(range(32)))) == [2**i - 1 for i in range(32)]
-    assert evaluate("mov.u32 %d, %lanemask_ge;", "u32", ("u32", list(range(32)))) == [2**32 - 2**i for i in range(32)]
+@pytest.mark.parametrize("name", ["eq", "lt", "le", "gt", "ge"])
+def test_lane_masks(name):
+    compare = getattr(operator, name)
+    expected = [sum(compare(j, i) << j for j in range(32)) for i in range(32)]
+    assert evaluate(f"mov.u32 %d, %lanemask_{name};", "u32", ("u32", [0] * 32)) == expected
 
 
 # ---- text that is refused ----
@@ -274,6 +286,13 @@ def test_lane_masks():
 def test_malformed_text(text, message):
     with pytest.raises(ptx.UnknownInstruction, match=re.escape(message)):
         ptx.run(text, "kernel", 1, 1, [], ptx.Memory())
+
+
+def test_block_must_be_the_one_compiled_for():
+    text = ".visible .entry kernel() .reqntid 64, 2 { ret; }"
+    ptx.run(text, "kernel", 1, (64, 2), [], ptx.Memory())
+    with pytest.raises(ValueError, match=r"block \(128, 1, 1\), but the kernel was compiled for \(64, 2, 1\)"):
+        ptx.run(text, "kernel", 1, 128, [], ptx.Memory())
 
 
 def test_output_must_be_written_and_names_its_buffer():

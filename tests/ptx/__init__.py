@@ -38,9 +38,9 @@ is what reaches the L2 cache when nothing hits in L1.
 
 **Files.** ``parser`` text to instructions. ``formats`` types and exact rounding. ``table``, ``integer``, ``floating`` instructions that
 only touch registers. ``memory`` buffers, guards, counters. ``access`` loads, stores, atomics. ``tiles`` asynchronous copies, matrices.
-``warp`` shuffles and votes. ``control`` branches, calls, barriers. ``program`` an entry and what it calls. ``machine`` the scheduler. ``launch`` ``run``.
-``compilers`` nvcc and Triton. ``evaluate`` one instruction, for its test. To add an instruction, put it into the table of its file and a row into
-``test_ptx_integers.py``, ``test_ptx_floats.py`` or ``test_ptx_machine.py``."""
+``warp`` shuffles and votes. ``control`` branches, calls, barriers. ``program`` an entry and what it calls. ``machine`` the scheduler.
+``launch`` ``run``. ``compilers`` nvcc and Triton. ``evaluate`` one instruction, for its test. To add an instruction, put it into the
+table of its file and a row into ``test_ptx_integers.py``, ``test_ptx_floats.py`` or ``test_ptx_machine.py``."""
 
 from .compilers import NVCC, TritonKernel, TritonSource, cuda_to_ptx, triton_to_ptx
 from .errors import (

@@ -194,9 +194,8 @@ def _variable(match: re.Match) -> Variable:
 
 def _literal(text: str) -> int:
     """``12``, ``-1``, ``0x3FU``; ``0f3F800000`` and ``0d...`` as their bits; ``1.5`` as the bits of a double."""
-    if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
-        if len(match[2]) == (8 if match[1] in "fF" else 16):
-            return int(match[2], 16)
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
+        return int(text[2:], 16)
     if re.fullmatch(r"-?\d+\.\d*(e[+-]?\d+)?", text):
         return int.from_bytes(struct.pack("<d", float(text)), "little")
     return int(re.sub(r"[uU]$", "", text), 0)

@@ -45,9 +45,8 @@ class Program:
         self.in_local = {v for v in own if v.space in ("local", "param")}
         for variable in own + [v for v in module.variables.values() if v.space == "shared"]:
             field = "local_size" if variable in self.in_local else "shared_size"
-            if not variable.extern:
-                variable.offset = -(-getattr(self, field) // variable.align) * variable.align
-                setattr(self, field, variable.offset + variable.size)
+            variable.offset = -(-getattr(self, field) // variable.align) * variable.align
+            setattr(self, field, variable.offset + variable.size)
         dynamic = [v for v in module.variables.values() if v.space == "shared" and v.extern]
         if dynamic:
             start = -(-self.shared_size // 16) * 16

@@ -7,6 +7,7 @@ from .errors import WarpError
 from .formats import U32
 from .memory import INITIALIZED
 from .parser import Group
+from .warp import bits_of
 
 # ---- asynchronous copies ----
 
@@ -89,8 +90,9 @@ class _Matrices:
     def positions(self, lanes: np.ndarray, write: bool):
         """Checks the rows; then yields, for each lane, where in shared memory each half of each of its registers belongs."""
         lane = self.machine.lane[lanes].astype(np.int64)
-        if lanes.size % 32 or (lane != np.arange(lanes.size) % 32).any():
-            raise WarpError("not all lanes of the warp take part", int(lanes[0]))
+        incomplete = bits_of(self.machine.present(lanes))[self.machine.warp[lanes]] != 0xFFFFFFFF
+        if incomplete.any():
+            raise WarpError("not all lanes of the warp take part", int(lanes[np.argmax(incomplete)]))
         offset, shared = self.address(lanes), self.machine.shared
         rows = lane < 8 * self.count
         where = shared.locate(self.machine.block[lanes[rows]], offset[rows], 16, lanes[rows], write)
