@@ -36,13 +36,12 @@ def targets(machine, space: str | None, address: np.ndarray, lanes: np.ndarray):
         yield machine.parameters, slice(None), 0, address
     else:  # generic
         window = address >> WINDOW_BITS
-        everything = np.arange(address.size)
         for name, number in WINDOWS.items():
             chosen = np.flatnonzero(window == number)
             if chosen.size:
                 for store, _, owner, offset in targets(machine, name, address[chosen] & (1 << WINDOW_BITS) - 1, lanes[chosen]):
                     yield store, chosen, owner, offset
-        rest = everything[~np.isin(window, list(WINDOWS.values()))]
+        rest = np.flatnonzero(~np.isin(window, list(WINDOWS.values())))
         if rest.size:
             for store, chosen, owner, offset in targets(machine, "global", address[rest], lanes[rest]):
                 yield store, rest[chosen], owner, offset
@@ -68,12 +67,12 @@ def load(machine, instruction):
 
     def handler(lanes):
         values = np.empty((len(items), lanes.size), RAW[type_.size])
-        for store, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
+        for target, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
             some = lanes[chosen]
-            where = store.locate(owner, offset, size, some, write=False)
-            store.on_load(where, size, some, constant)
+            where = target.locate(owner, offset, size, some, write=False)
+            target.on_load(where, size, some, constant)
             for k in range(len(items)):
-                values[k, chosen] = store.load(where + k * type_.size, type_.size)
+                values[k, chosen] = target.load(where + k * type_.size, type_.size)
         for write, value in zip(writers, values, strict=True):
             write(lanes, value.view(type_.dtype))
 
@@ -90,12 +89,12 @@ def store(machine, instruction):
 
     def handler(lanes):
         values = [np.broadcast_to(read(lanes).view(RAW[type_.size]), lanes.size) for read in readers]
-        for store, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
+        for target, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
             some = lanes[chosen]
-            where = store.locate(owner, offset, size, some, write=True)
-            store.on_store(where, size, some)
+            where = target.locate(owner, offset, size, some, write=True)
+            target.on_store(where, size, some)
             for k, value in enumerate(values):
-                store.store(where + k * type_.size, value[chosen], some)
+                target.store(where + k * type_.size, value[chosen], some)
 
     return handler
 
@@ -131,9 +130,9 @@ def atomic(machine, instruction):
         inputs = [np.broadcast_to(read(lanes), lanes.size) for read in readers]
         b, c = inputs[0], inputs[-1]
         before = np.empty(lanes.size, type_.dtype)
-        for store, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
-            where = store.locate(owner, offset, type_.size, lanes[chosen], write=False)
-            words = store.data.view(type_.dtype)
+        for target, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
+            where = target.locate(owner, offset, type_.size, lanes[chosen], write=False)
+            words = target.data.view(type_.dtype)
             for i, at in zip(np.arange(lanes.size)[chosen], where // type_.size, strict=True):
                 before[i] = words[at]
                 words[at] = function(before[i], b[i], c[i])

@@ -74,7 +74,7 @@ def arithmetic(opcode, m):
         "mul": (np.multiply, np.multiply),
     }[opcode]
     type_ = m.type()
-    if m.take("f32") and type_.size == 2:
+    if type_.size == 2 and m.take("f32"):
         return _mixed(_rounded(m, F32, 2, native, exact), type_)
     return _rounded(m, type_, 2, native, exact)
 
@@ -82,7 +82,7 @@ def arithmetic(opcode, m):
 @operation("fma", floats=True)
 def fma(m):
     type_ = m.type()
-    if m.take("f32") and type_.size == 2:
+    if type_.size == 2 and m.take("f32"):
         return _mixed(_rounded(m, F32, 3, None, fma_to_odd), type_)
     return _rounded(m, type_, 3, fma64 if type_ is F64 else None, fma_to_odd)
 

@@ -42,12 +42,12 @@ def copy_async(machine, instruction):
         words = np.zeros((size // 4, lanes.size), np.uint32)  # zeros where nothing is read
         reading = np.flatnonzero(wanted)
         sources = targets(machine, "global", source(lanes)[reading], lanes[reading]) if reading.size else ()
-        for store, chosen, owner, offset in sources:
+        for target, chosen, owner, offset in sources:
             some = reading[chosen]
-            where = store.locate(owner, offset, size, lanes[some], write=False)
-            store.on_load(where, size, lanes[some])
+            where = target.locate(owner, offset, size, lanes[some], write=False)
+            target.on_load(where, size, lanes[some])
             for k in range(size // 4):
-                words[k, some] = store.load(where + 4 * k, 4)
+                words[k, some] = target.load(where + 4 * k, 4)
         where = machine.shared.locate(machine.block[lanes], destination(lanes), size, lanes, write=True)
         machine.shared.on_store(where, size, lanes)
         for k in range(size):
