@@ -1,0 +1,98 @@
+"""``run``: one launch, from the text of a module to a report."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from . import floating, integer  # noqa: F401  fill the table of instructions
+from .formats import TYPES
+from .machine import Machine
+from .memory import Buffer, Memory, Store, Traffic
+from .parser import Variable, parse
+from .program import Program
+
+parse_once = lru_cache(maxsize=32)(parse)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a launch moved between registers and global memory."""
+
+    loads_of: dict[Buffer, Traffic]
+    stores_to: dict[Buffer, Traffic]
+    atomics: int  # operations on global and shared memory, not part of the traffic
+    instructions: int  # over all threads
+
+    @property
+    def loads(self) -> Traffic:
+        """Of all buffers; constants are not counted."""
+        return sum((t for b, t in self.loads_of.items() if not b.constant), Traffic())
+
+    @property
+    def stores(self) -> Traffic:
+        return sum(self.stores_to.values(), Traffic())
+
+
+def run(
+    ptx_text: str, entry: str, grid, block, args, memory: Memory, shared_bytes: int = 0, max_steps: int = 2_000_000
+) -> Report:
+    """Launches the kernel ``entry`` of a module.
+
+    ``grid``, ``block``: one to three sizes. ``args``: per parameter a ``Buffer``, a number, or, for a struct by value, its bytes (or what
+    has them: a NumPy record, a ``ctypes.Structure``). ``shared_bytes``: dynamic shared memory per block. ``max_steps``: after so many
+    instructions of groups of threads the kernel is taken to hang.
+
+    Raises a ``PtxError`` at the first fault of the kernel, ``ValueError`` for a launch that cannot be meant."""
+    module = parse_once(ptx_text)
+    if entry not in module.functions or not module.functions[entry].entry:
+        raise ValueError(f"run: entry {entry!r} is none of {[f.name for f in module.functions.values() if f.entry]}")
+    function = module.functions[entry]
+    grid, block = _three(grid, "grid"), _three(block, "block")
+    required = (*(function.threads or block), 1, 1)[:3]
+    if required != block:
+        raise ValueError(f"run: block {block}, but the kernel was compiled for {required}")
+    program = Program(module, ptx_text, function, shared_bytes)
+    machine = Machine(program, grid, block, _parameters(function.parameters, args), memory)
+    with np.errstate(all="ignore"):
+        machine.run(max_steps)
+    return Report(dict(memory.loads), dict(memory.stores), machine.atomics, machine.instructions)
+
+
+def _three(sizes, name: str) -> tuple[int, int, int]:
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise ValueError(f"run: {name} must be one to three positive sizes, got {sizes}")
+    return (*sizes, 1, 1)[:3]
+
+
+def _parameters(variables: list[Variable], args) -> Store:
+    if len(args) != len(variables):
+        raise ValueError(f"run: {len(variables)} arguments expected, got {len(args)}")
+    end = 0
+    for variable in variables:
+        variable.offset = -(-end // variable.align) * variable.align
+        end = variable.offset + variable.size
+    store = Store("parameters", end, initialized=True)
+    for variable, value in zip(variables, args, strict=True):
+        store.data[variable.offset : variable.offset + variable.size] = np.frombuffer(_bytes(variable, value), np.uint8)
+    return store
+
+
+def _bytes(variable: Variable, value) -> bytes:
+    type_ = TYPES[variable.element]
+    if isinstance(value, Buffer):
+        value = value.address
+    if not variable.array and isinstance(value, int):
+        raw = (
+            value.to_bytes(variable.size, "little", signed=value < 0)
+            if type_.kind != "f"
+            else np.array(value, type_.dtype).tobytes()
+        )
+    elif not variable.array and isinstance(value, float):
+        raw = np.array(value, np.float64 if type_.size == 8 else np.float32).tobytes()
+    else:
+        raw = bytes(memoryview(value).cast("B")) if not isinstance(value, np.generic) else value.tobytes()
+    if len(raw) != variable.size:
+        raise ValueError(f"run: {variable.name} has {variable.size} bytes, the argument {len(raw)}")
+    return raw
