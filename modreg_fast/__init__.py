@@ -2,6 +2,7 @@
 
 from modreg_fast import functional
 from modreg_fast.backends import BackendStatus, backends, use_backend
+from modreg_fast.capture import capture
 from modreg_fast.losses import AttributionDetails, AttributionLoss, FunctionalEntropyLoss, InformationDetails
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "InformationDetails",
     "__version__",
     "backends",
+    "capture",
     "functional",
     "use_backend",
 ]
