@@ -4,6 +4,7 @@ from modreg_fast import functional
 from modreg_fast.backends import BackendStatus, backends, use_backend
 from modreg_fast.capture import capture
 from modreg_fast.losses import AttributionDetails, AttributionLoss, FunctionalEntropyLoss, InformationDetails
+from modreg_fast.missing import MissingModalities, evaluate_missing
 
 __version__ = "0.1.0"
 
@@ -13,9 +14,11 @@ __all__ = [
     "BackendStatus",
     "FunctionalEntropyLoss",
     "InformationDetails",
+    "MissingModalities",
     "__version__",
     "backends",
     "capture",
+    "evaluate_missing",
     "functional",
     "use_backend",
 ]
