@@ -78,4 +78,4 @@ def rendered(*parts: "RenderableType") -> str:
 
     console = Console(file=io.StringIO(), width=120, color_system=None, highlight=False)
     console.print(*parts, sep="\n")
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]

@@ -159,10 +159,7 @@ def without(
     for size in sizes:
         for subset in combinations(names, size):
             gone = {name: x for name, x in dropped.items() if name not in subset}
-            yield (
-                subset,
-                {name: gone.get(name, x) for name, x in inputs.items() if gone.get(name, x) is not None or name not in gone},
-            )
+            yield subset, {name: x for name, x in {**inputs, **gone}.items() if x is not None or name not in gone}
 
 
 def _dropped(name: str, x: Any, drop: Drop, generator: torch.Generator | None) -> Tensor | None:
