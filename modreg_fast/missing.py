@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ class MissingModalities:
     @property
     def std(self) -> float:
         """Standard deviation over the subsets (of these very subsets, not an estimate for others)."""
-        return pstdev(self.scores.values())
+        return float(np.std(list(self.scores.values())))
 
     @property
     def worst(self) -> Subset:

@@ -42,10 +42,8 @@ def main(options: argparse.Namespace) -> int:
     features = dict(options.features or ()) or None
     sys.path.insert(0, os.getcwd())  # as python -m does
     try:
-        model, data, metric = (
-            None if place is None else _made(*place) for place in (options.model, options.data, options.metric)
-        )
-        result = audit(model, data, features, metric=metric, ignore_index=options.ignore_index)
+        metric = None if options.metric is None else _made(*options.metric)
+        result = audit(_made(*options.model), _made(*options.data), features, metric=metric, ignore_index=options.ignore_index)
         if options.html is not None:
             result.to_html(options.html)
         if options.plot is not None:

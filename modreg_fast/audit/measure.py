@@ -96,11 +96,7 @@ def audit(
             scores, captured = forward(inputs)
             classes = scores.shape[1]
             mask = _mask(scores, target, ignore_index)
-            values = (
-                F.cross_entropy(scores, target, ignore_index=ignore_index, reduction="none")
-                if loss is None
-                else loss(scores, target)
-            )
+            values = _loss(scores, target, ignore_index, loss)
             a, pixels = _attribution(scores, captured, mask, channel_dim, maps=len(shown) < maps)
             counts = (a.sum((0, 1)) != 0).cpu()
             attribution.append(a.cpu()[..., counts])
@@ -169,10 +165,19 @@ def _scores(scores: object) -> Tensor:
     return scores
 
 
-def _mask(scores: Tensor, target: object, ignore_index: int) -> Tensor | None:
+def _mask(scores: Tensor, target: object, ignore_index: int) -> Tensor:
+    """The valid positions: all, unless ``target`` holds a class for each."""
     if isinstance(target, Tensor) and not target.is_floating_point() and target.shape == scores[:, 0].shape:
         return target != ignore_index
-    return None
+    return torch.ones_like(scores[:, 0], dtype=torch.bool)
+
+
+def _loss(scores: Tensor, target: Any, ignore_index: int, loss: Loss | None) -> Tensor:
+    if loss is None:
+        return F.cross_entropy(scores, target, ignore_index=ignore_index, reduction="none")
+    values = validate.tensor(loss(scores, target), "audit", "what loss returns")
+    validate.same(values, scores[:, 0], "audit", "what loss returns", "scores without their classes")
+    return values
 
 
 def _gradients(of: Tensor, features: Features) -> list[Tensor]:
@@ -197,49 +202,44 @@ def _by_modality(rows: Tensor, features: Features) -> Tensor:
 
 
 def _attribution(
-    scores: Tensor, features: Features, mask: Tensor | None, channel_dim: int, *, maps: bool
+    scores: Tensor, features: Features, mask: Tensor, channel_dim: int, *, maps: bool
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Attribution ``(M, S, B)``, and where asked that of each pixel, ``[m][s]`` of shape ``(B, *spatial)``."""
     tensors = [x for row in features.values() for x in row]
-    masks = None
-    if mask is not None:
-        sizes = [_spatial(x, channel_dim) for x in tensors]
-        masks = [
-            resize_mask(mask, size)
-            if len(size) == mask.dim() - 1
-            else torch.ones(len(mask), *size, dtype=torch.bool, device=mask.device)
-            for size in sizes
-        ]
+    sizes = [_spatial(x, channel_dim) for x in tensors]
+    everywhere = torch.ones((), dtype=torch.bool, device=mask.device)  # in features that have no pixels of the scores
+    masks = [resize_mask(mask, n) if len(n) == mask.dim() - 1 else everywhere.expand(len(mask), *n) for n in sizes]
     grads = _gradients(_selected_score(scores, None, mask, "audit"), features)
     found = gradient_statistics(grads, features=tensors, mask=masks, channel_dim=channel_dim, maps=maps)
     assert found.attribution is not None
     scales = len(tensors) // len(features)
     pixels = [] if found.attribution_maps is None else found.attribution_maps
     rows = [[x.detach() for x in pixels[k : k + scales]] for k in range(0, len(pixels), scales)]
-    return _by_modality(found.attribution.detach(), features), rows
+    return _by_modality(_finite(found.attribution, "the scores"), features), rows
 
 
-def _information(values: Tensor, features: Features, mask: Tensor | None, channel_dim: int) -> Tensor:
-    """Functional Fisher information ``(M, S, B)`` of the loss map ``values``."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    masked = values if mask is None else torch.where(mask, values, 0)
-    grads = _gradients(masked, features)
-    count = (
-        torch.full_like(values.flatten(1)[:, 0], values[0].numel())
-        if mask is None
-        else _count(mask).clamp(min=1).to(values.dtype)
-    )
+def _information(values: Tensor, features: Features, mask: Tensor, channel_dim: int) -> Tensor:
+    """Functional Fisher information ``(M, S, B)`` of the loss map ``values``; NaN where a scale has no valid pixel."""
+    values = torch.where(mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0)
+    count = _count(mask).clamp(min=1)
     rows = []
-    for g in grads:
+    for g in _gradients(values, features):
         size = _spatial(g, channel_dim)
         if len(size) == values.dim() - 1:
-            f, m = _pooled(masked, mask, size), None if mask is None else resize_mask(mask, size) if size else mask
+            f, valid, dim = _pooled(values, mask, size), resize_mask(mask, size) if size else mask, channel_dim
         else:  # of the mean loss
-            g, f, m = g.flatten(1) / count[:, None], masked.flatten(1).sum(1) / count, None
-        fisher = gradient_statistics([g], values=[f], mask=m, channel_dim=channel_dim if g.dim() > 2 else 1).fisher
+            g, f, valid, dim = g.flatten(1) / count[:, None], values.reshape(len(values), -1).sum(1) / count, count > 0, 1
+        fisher = gradient_statistics([g], values=[f], mask=valid, channel_dim=dim).fisher
         assert fisher is not None
-        rows.append(fisher[0].detach() if m is None else torch.where(_count(m) > 0, fisher[0].detach(), torch.nan))
+        rows.append(torch.where(_count(valid) > 0, _finite(fisher[0], "the loss"), torch.nan))
     return _by_modality(torch.stack(rows), features)
+
+
+def _finite(x: Tensor, what: str) -> Tensor:
+    """Or NaN would be taken for what does not count."""
+    if not x.isfinite().all():
+        validate.fail("audit", f"the gradient of {what}", "finite", "NaN or infinity")
+    return x.detach()
 
 
 def _accuracy(classes: int, ignore_index: int) -> Any:
