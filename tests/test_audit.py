@@ -151,7 +151,7 @@ def test_a_scale_without_valid_pixels_does_not_count():
     assert sum(result.share_by_scale[m][1].mean for m in SPEC) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_batches_do_not_matter(batch):
     torch.manual_seed(1)
     model, (pair,) = Images().double(), images(6, 6)
@@ -194,6 +194,34 @@ def test_tokens_and_embeddings_below_a_classifier():
     expected = g.flatten(1).square().sum(1) / f.detach()
     assert result.information["rgb"][0].mean == pytest.approx(expected.mean().item(), rel=1e-6)
     assert result.examples == [] and result.scales == ["1 (9)"] and "Where each modality decides" not in result.to_html()
+
+
+def test_information_of_a_dense_loss_about_tokens():
+    """Of the mean loss over valid positions; a loss of one's own does not count where the target is ignored."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rgb, self.depth, self.head = nn.Linear(3, 6), nn.Linear(1, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            tokens = {m: v.flatten(2).mT for m, v in x.items()}
+            mixed = self.rgb(tokens["rgb"]).tanh() * self.depth(tokens["depth"]).exp()
+            return self.head(mixed.softmax(1)).mT.unflatten(2, (8, 8))
+
+    model, ((x, y),) = Tokens().double(), images(6, 6)
+    x = {m: v.double() for m, v in x.items()}
+
+    def loss(scores, target):
+        return scores.square().mean(1) + 3
+
+    result = audit(model, [(x, y)], {m: m for m in SPEC}, loss=loss, ignore_index=255, channel_dim=-1)
+    with mrf.capture(model, {"depth": "depth"}) as features:
+        f, valid = loss(model(x), y), y != 255
+        mean = (f * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+        (g,) = torch.autograd.grad(mean.sum(), features["depth"])
+    expected = (g.flatten(1).square().sum(1) / mean.detach())[valid.any(2).any(1)]
+    assert result.information["depth"][0].mean == pytest.approx(expected.mean().item(), rel=1e-6)
 
 
 def test_leaves_everything_as_it_was():
@@ -304,6 +332,16 @@ def test_scales_of_a_map_add_up():
     expected = examples.mixed(torch.from_numpy(np.stack([a / (a + 1), 1 / (a + 1)]))).round().numpy()
     assert np.array_equal(example.shares[:2, :2, :3], expected)
     assert (example.shares[2:, 2:, :3] == [int(examples.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)]).all()
+
+
+def test_colours_of_shares():
+    """Grey at equal shares, the full colour alone, between them by the root of the distance from equality."""
+    shares = torch.tensor([[0.5, 1.0, 0.75, 0.25], [0.5, 0.0, 0.25, 0.75]]).double()
+    one, two = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in examples.COLOURS[:2])
+    strength = 0.5**0.5
+    expected = [[244] * 3, one, 244 + strength * (one - 244), 244 + strength * (two - 244)]
+    np.testing.assert_allclose(examples.mixed(shares).numpy(), expected)
+    assert examples.ramp(3) == ["rgb({} {} {})".format(*c) for c in (one, [244] * 3, two)]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 100])
