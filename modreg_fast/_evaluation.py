@@ -30,12 +30,15 @@ def extra(function: str) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(model: Model) -> Iterator[None]:
     """``model.eval()``; afterwards each module is again in the mode it was in."""
-    training = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
-    for module in training:
-        module.training = False
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     finally:
+        model.train(training[model])  # some modules do more here than to set the flag
         for module, mode in training.items():
             module.training = mode
 

@@ -207,6 +207,17 @@ def test_frozen_encoder_takes_a_gradient():
     assert not features["rgb"][0].requires_grad
 
 
+def test_output_changed_in_place():
+    """The tensor is what it became, and so is its gradient."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 1))
+    x = torch.randn(5, 3)
+    with mrf.capture(model, {"a": "0"}) as features:
+        scores = model(x)
+        (g,) = torch.autograd.grad(scores.sum(), features["a"])
+    torch.testing.assert_close(features["a"][0], (x @ model[0].weight.T + model[0].bias).relu())
+    torch.testing.assert_close(g, model[2].weight.expand(5, 4))
+
+
 def test_eval_without_gradients_is_no_error():
     model = model_of()
     with mrf.capture(model, SPEC) as features, torch.no_grad():

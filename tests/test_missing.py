@@ -113,6 +113,24 @@ def test_direction_of_the_metric():
     assert not result.higher_is_better and result.worst == ("a",) and result.lost == {("a", "b"): 0, ("a",): 4, ("b",): 1}
 
 
+def test_modules_that_do_more_than_set_a_flag():
+    """As adapters that fold into their weights in eval(), and unfold in train()."""
+
+    class Folding(nn.Linear):
+        folded = False
+
+        def train(self, mode=True):
+            self.folded = not mode
+            return super().train(mode)
+
+    net = nn.ModuleDict({"l": Folding(2, 2)})
+    net.forward = lambda x: net["l"](x["a"]) * float("nan" if not net["l"].folded else 1)
+    assert mrf.evaluate_missing(net, [({"a": torch.zeros(1, 2)}, torch.zeros(1))], mean, progress=False).full == pytest.approx(
+        net["l"].bias.mean().item()
+    )
+    assert not net["l"].folded and net.training
+
+
 def test_modes_and_gradients_are_as_before():
     net, (_, data) = Net(), classified()
     modes = {m: m.training for m in net.modules()}
