@@ -75,6 +75,12 @@ def _moved(x: Any, parameter: Tensor) -> Any:
     return x.to(parameter.device) if isinstance(x, Tensor) else x
 
 
+def name_of(x: object, otherwise: str) -> str:
+    """Of a function or of a class; ``otherwise`` for a lambda."""
+    name = str(getattr(x, "__name__", type(x).__name__))
+    return otherwise if name == "<lambda>" else name
+
+
 def rendered(*parts: "RenderableType") -> str:
     """Tables and text of rich as plain text."""
     from rich.console import Console

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, rendered
+from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, name_of, rendered
 
 __all__ = ["MissingModalities", "evaluate_missing", "without"]
 
@@ -139,8 +139,7 @@ def evaluate_missing(
                     collected[subset] = _copied(metric, inputs) if streaming else _Whole(metric)
                 collected[subset].update(model(given), target)
         scores = {subset: _number(collector.compute(), function) for subset, collector in collected.items()}
-    name = getattr(metric, "__name__", type(metric).__name__)
-    return MissingModalities(name, scores, higher_is_better)
+    return MissingModalities(name_of(metric, "score"), scores, higher_is_better)
 
 
 def without(

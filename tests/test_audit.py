@@ -168,6 +168,7 @@ def test_batches_do_not_matter(batch):
 def test_who_is_not_heard():
     data = [(x, x["rgb"][:, :3].argmax(1)) for x, _ in vectors()]
     result = audit(lambda x: x["rgb"][:, :3] + 0 * x["depth"][:, :3], data)
+    assert result.model == "a function"
     assert result.share["rgb"] == (1, 1, 1) and result.share["depth"] == (0, 0, 0)
     assert result.information["depth"][0].mean == 0
     assert result.verdict.startswith("rgb carries 100 % [100, 100] of the decision. Losing rgb costs most: accuracy ")

@@ -91,6 +91,32 @@ def test_feeds_both_losses(backend):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n != "head.bias")
 
 
+def test_tokens():
+    """As they are for attribution; as maps, which fit a mask, for functional entropy."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rgb, self.depth, self.head = nn.Linear(3, 6), nn.Linear(1, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            tokens = [getattr(self, m)(v.flatten(2).mT) for m, v in x.items()]
+            return self.head(sum(tokens).softmax(1).tanh())[:, 1:].mT.unflatten(2, (7, 9))
+
+    model, x = Tokens(), {m: torch.randn(2, c, 8, 8) for m, c in (("rgb", 3), ("depth", 1))}
+    mask = torch.rand(2, 21, 27) < 0.5
+    with mrf.capture(model, {"rgb": "rgb", "depth": "depth"}) as features:
+        scores = model(x)
+        maps = {m: [x[:, 1:].mT.unflatten(2, (7, 9)) for x in scales] for m, scales in features.items()}
+        small = mrf.functional.resize_mask(mask, (7, 9))
+        penalty, details = mrf.FunctionalEntropyLoss(1.0)(maps, mask=mask, return_details=True)
+        flat = torch.cat([torch.zeros(2, 1, dtype=torch.bool), small.flatten(1)], 1)
+        _, same_details = mrf.FunctionalEntropyLoss(1.0, channel_dim=-1)(features, mask=flat, return_details=True)
+        torch.testing.assert_close(details.information, same_details.information)
+        (penalty + mrf.AttributionLoss(channel_dim=-1)(scores, features, mask=small)).backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name != "head.bias")
+
+
 def test_each_pass_starts_anew():
     model = model_of()
     with mrf.capture(model, SPEC) as features:

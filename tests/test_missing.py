@@ -195,6 +195,11 @@ def test_function_as_drop_and_other_inputs():
     assert list(seen[0]) == list(inputs)
 
 
+def test_names_of_metrics():
+    for metric, name in ((mean, "mean"), (lambda scores, target: 1, "score")):
+        assert mrf.evaluate_missing(binary_code, [(ones("ab"), torch.zeros(3))], metric, progress=False).metric == name
+
+
 def test_data_is_read_once():
     reads = []
 

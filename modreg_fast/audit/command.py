@@ -40,7 +40,8 @@ def main(options: argparse.Namespace) -> int:
     from modreg_fast.audit.measure import audit
 
     features = dict(options.features or ()) or None
-    sys.path.insert(0, os.getcwd())  # as python -m does
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as python -m does
     try:
         metric = None if options.metric is None else _made(*options.metric)
         result = audit(_made(*options.model), _made(*options.data), features, metric=metric, ignore_index=options.ignore_index)
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"modreg-fast audit: {error}", file=sys.stderr)
         return 1
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     return 0
 
 

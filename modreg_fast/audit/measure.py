@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Data, Model, batches, evaluating, extra
+from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, name_of
 from modreg_fast.audit.examples import Example, examples
 from modreg_fast.audit.result import Audit, Estimate
 from modreg_fast.capture import Entry, capture
@@ -111,7 +111,7 @@ def audit(
     share = modality_share(torch.linalg.vector_norm(a, dim=1))
     by_scale = torch.where(a.sum(0) > 0, a / a.sum(0), torch.nan)  # a scale may lack valid pixels where the sample has some
     return Audit(
-        model=type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model"),
+        model=name_of(model, "a function"),
         samples=a.shape[2],
         scales=_scale_names(captured, channel_dim, features is None),
         share=dict(zip(names, _estimates(share), strict=True)),
