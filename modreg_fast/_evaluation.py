@@ -85,6 +85,6 @@ def rendered(*parts: "RenderableType") -> str:
     """Tables and text of rich as plain text."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=120, color_system=None, highlight=False)
+    console = Console(file=io.StringIO(), width=1000, color_system=None, highlight=False)
     console.print(*parts, sep="\n")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]

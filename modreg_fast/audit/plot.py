@@ -12,11 +12,13 @@ from modreg_fast.audit.result import Audit, Estimate
 
 STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 WIDTH, CHARTS = 10.0, 3.2  # inches
+ACROSS = 12  # pictures
 
 
 def figure(audit: Audit) -> Figure:
-    """Three charts, and below them the inputs and the shares of up to four samples."""
-    pictures = [x for example in audit.examples[:4] for x in [*example.inputs.items(), ("who decides", example.shares)]]
+    """Three charts, and below them the inputs and the shares of the first samples."""
+    shown = audit.examples[: max(1, ACROSS // (len(audit.share) + 1))]
+    pictures = [x for example in shown for x in [*example.inputs.items(), ("who decides", example.shares)]]
     below = min(WIDTH / len(pictures), 2.0) + 0.3 if pictures else 0.0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, CHARTS + below + 0.4), layout="constrained")
@@ -50,7 +52,7 @@ def _bars(axis: Axes, values: dict[str, list[Estimate]], groups: list[str], fact
         x = np.arange(len(row)) + (i - (len(values) - 1) / 2) * width
         interval = [np.maximum(means - low, 0), np.maximum(high - means, 0)]
         axis.bar(x, means, 0.92 * width, yerr=interval, color=colour(i), label=name, error_kw={"elinewidth": 1, "capsize": 2})
-    axis.set_xticks(range(len(groups)), [group.replace(" (", "\n(").replace(" x ", "×") for group in groups])
+    axis.set_xticks(range(len(groups)), [group.replace(" (", "\n").replace(" x ", "×").rstrip(")") for group in groups])
     axis.tick_params(axis="x", length=0)
 
 

@@ -77,17 +77,16 @@ class Audit:
         with extra("Audit.table"):
             from rich import box
             from rich.table import Table
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("scale")
-        for m in self.share:
-            table.add_column(f"{m}: share", justify="right", no_wrap=True)
-        for m in self.share:
-            table.add_column(f"{m}: information", justify="right", no_wrap=True)
-        rows = [(name, [s[i] for s in self.share_by_scale.values()], i) for i, name in enumerate(self.scales)]
-        if len(rows) > 1:
-            table.add_row("all", *map(percent, self.share.values()), *[""] * len(self.share))
-        for name, shares, i in rows:
-            table.add_row(name, *map(percent, shares), *(number(x[i]) for x in self.information.values()))
+        table = Table("scale", "modality", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("share", justify="right")
+        table.add_column("information", justify="right")
+        if len(self.scales) > 1:
+            for k, (m, x) in enumerate(self.share.items()):
+                table.add_row("" if k else "all", m, percent(x))
+        for s, name in enumerate(self.scales):
+            table.add_section()
+            for k, m in enumerate(self.share):
+                table.add_row("" if k else name, m, percent(self.share_by_scale[m][s]), number(self.information[m][s]))
         over = f"Means over {self.samples} samples, with 95 % intervals."
         return f"{self.verdict}\n\n{rendered(table)}\n{over}\n\n{self.missing.table()}"
 
