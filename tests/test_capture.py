@@ -419,6 +419,19 @@ def test_compiled_model(how):
 
 
 @of_dynamo
+def test_compiled_part():
+    """The output of a compiled part costs no graph break, and may be captured at any time."""
+    torch.compiler.reset()
+    model = Wrapped(lambda part: torch.compile(part, backend="aot_eager", fullgraph=True))
+    x = torch.ones(1, 2)
+    model(x)
+    with mrf.capture(model, {"a": "part"}) as features:
+        scores = model(x)
+    (g,) = torch.autograd.grad(scores.sum(), features["a"])
+    torch.testing.assert_close(g, model.module.weight.sum(0, keepdim=True))
+
+
+@of_dynamo
 def test_model_compiled_before():
     torch.compiler.reset()
     compiled = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), backend="aot_eager")
