@@ -1,19 +1,27 @@
 """Fast, exact regularizers that keep multimodal networks from leaning on one modality."""
 
 from modreg_fast import functional
+from modreg_fast.audit import Audit, audit
 from modreg_fast.backends import BackendStatus, backends, use_backend
+from modreg_fast.capture import capture
 from modreg_fast.losses import AttributionDetails, AttributionLoss, FunctionalEntropyLoss, InformationDetails
+from modreg_fast.missing import MissingModalities, evaluate_missing
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttributionDetails",
     "AttributionLoss",
+    "Audit",
     "BackendStatus",
     "FunctionalEntropyLoss",
     "InformationDetails",
+    "MissingModalities",
     "__version__",
+    "audit",
     "backends",
+    "capture",
+    "evaluate_missing",
     "functional",
     "use_backend",
 ]

@@ -11,11 +11,13 @@ import torch
 
 import modreg_fast
 from modreg_fast import bench
+from modreg_fast.audit import command as audit
 
 EXAMPLES = {
     "": """examples:
   modreg-fast info                       what computes here, and why the rest does not
   modreg-fast demo                       train on a real scene, print a table, save pictures
+  modreg-fast audit --help               who does my model listen to?
   modreg-fast bench --quick              how fast it is here
   modreg-fast demo --help                what can be set""",
     "info": """examples:
@@ -26,6 +28,22 @@ EXAMPLES = {
   modreg-fast demo --seeds 5 --output runs/demo
   modreg-fast demo --quick               a few steps: does everything run?
   modreg-fast demo --json > out.json     the results on stdout, the progress on stderr""",
+    "audit": """MODULE:NAME names a function without arguments in a module that python can import from here:
+
+  # project/check.py
+  def build():                           # the trained model, called with {"rgb": ..., "depth": ...}, returns scores (B, K, ...)
+      model = TwoStream()
+      model.load_state_dict(torch.load("best.pt"))
+      return model
+
+  def loader():                          # batches of (inputs, target), read twice
+      return DataLoader(Validation(), batch_size=8)
+
+examples:
+  modreg-fast audit --model project.check:build --data project.check:loader
+  modreg-fast audit --model project.check:build --data project.check:loader --ignore-index 255 \\
+      --features 'rgb=encoders.rgb.stages.*' --features 'depth=encoders.depth.stages.*' --html audit.html
+  modreg-fast audit --model project.check:build --data project.check:loader --json > audit.json""",
     "bench": """examples:
   modreg-fast bench --output runs/today  the default set, under five minutes on two cores
   modreg-fast bench --only square        everything of one shape
@@ -74,6 +92,17 @@ sensor, and what the losses cost. Saves pictures and results.json. Takes a few m
     demo.add_argument("--quick", action="store_true", help="a few steps only; the numbers mean nothing")
     demo.add_argument("--json", action="store_true", help="print the results as JSON on stdout instead of the table")
     demo.set_defaults(run=_demo)
+
+    listens = commands.add_parser(
+        "audit",
+        help="who does a model listen to: shares, information, missing modalities",
+        description="""Measures the share of each modality in a model's decisions and its functional Fisher information, with 95 %
+intervals over the samples, and the accuracy with every subset of the modalities. Prints a table.""",
+        epilog=EXAMPLES["audit"],
+        formatter_class=form,
+    )
+    audit.add_arguments(listens)
+    listens.set_defaults(run=audit.main)
 
     measure = commands.add_parser(
         "bench",

@@ -72,12 +72,12 @@ def _run(output: Path, seeds: int, quick: bool, console: Console) -> dict[str, A
             for method in training.METHODS:
                 progress.update(task, description=f"{method}, seed {seed}")
                 trained = training.train(method, parts, classes, seed, steps, lambda: progress.advance(task))
-                predictions = training.predict(trained.model, parts["test"])
-                maps.setdefault(method, predictions)
+                if method not in maps:
+                    maps[method] = training.predict(trained.model, parts["test"])
                 results["methods"][method].append(
                     {
                         "seed": seed,
-                        **training.score(predictions, parts["test"].labels, classes, scored),
+                        **training.score(trained.model, parts["test"], classes, scored),
                         "share": training.shares(trained.model, parts["test"]),
                         "history": {"step": trained.steps, "share": trained.shares},
                     }

@@ -1,10 +1,10 @@
 """Training, scoring and timing of one network."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import fmean, median, pstdev
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 import modreg_fast as mrf
+from modreg_fast._evaluation import evaluating
 from modreg_fast.backends import resolve
 from modreg_fast.demo.data import BLOCK, BOTH, IGNORE, Blocks
 from modreg_fast.demo.model import TwoStream
 from modreg_fast.functional import gradient_statistics, softmax_fisher_information
+from modreg_fast.missing import without
 
 METHODS = ("plain", "functional entropy", "attribution")
 STEPS, QUICK_STEPS = 300, 12
@@ -119,42 +121,41 @@ def sample(blocks: Blocks, generator: torch.Generator) -> Blocks:
     return Blocks({name: vary(crop(x)) for name, x in blocks.sensors.items()}, crop(blocks.labels))
 
 
-def subsets(sensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Name of the subset -> the input with the other sensors at 0, their mean."""
-    alone = {f"{name} only": {k: x if k == name else torch.zeros_like(x) for k, x in sensors.items()} for name in sensors}
-    return {BOTH: dict(sensors), **alone}
+def _name(subset: Sequence[str], sensors: Mapping[str, Tensor]) -> str:
+    return BOTH if len(subset) == len(sensors) else f"{subset[0]} only"
 
 
 @torch.no_grad()
 def predict(model: TwoStream, blocks: Blocks) -> dict[str, Tensor]:
-    """Subset -> predicted classes ``(N, 16, 16)``."""
-    model.eval()
-    predictions = {name: model(sensors).argmax(1) for name, sensors in subsets(blocks.sensors).items()}
-    model.train()
-    return predictions
+    """Subset -> predicted classes ``(N, 16, 16)``; a missing sensor is at 0, its mean."""
+    with evaluating(model):
+        return {_name(subset, given): model(given).argmax(1) for subset, given in without(blocks.sensors)}
 
 
-def score(predictions: Mapping[str, Tensor], labels: Tensor, classes: int, scored: list[int]) -> dict[str, Any]:
+def score(model: TwoStream, blocks: Blocks, classes: int, scored: list[int]) -> dict[str, Any]:
     """Mean IoU over the ``scored`` classes and accuracy of labelled pixels, by subset, and mean and spread of the former."""
-    miou, accuracy = {}, {}
-    for name, predicted in predictions.items():
+
+    def mean_iou(scores: Tensor, labels: Tensor) -> float:
         jaccard = MulticlassJaccardIndex(classes, average="none", ignore_index=IGNORE)
-        miou[name] = float(jaccard(predicted, labels)[scored].mean())
-        accuracy[name] = float(MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE)(predicted, labels))
+        return float(jaccard(scores, labels)[scored].mean())
+
+    data = [(blocks.sensors, blocks.labels)]
+    miou = mrf.evaluate_missing(model, data, mean_iou, progress=False)
+    micro = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE)
+    accuracy = mrf.evaluate_missing(model, data, micro, progress=False)
     return {
-        "miou": miou,
-        "miou_mean": fmean(miou.values()),
-        "miou_spread": pstdev(miou.values()),
-        "accuracy": accuracy,
+        "miou": {_name(subset, blocks.sensors): x for subset, x in miou.scores.items()},
+        "miou_mean": miou.mean,
+        "miou_spread": miou.std,
+        "accuracy": {_name(subset, blocks.sensors): x for subset, x in accuracy.scores.items()},
     }
 
 
 def shares(model: TwoStream, blocks: Blocks) -> dict[str, float]:
     """Share of each sensor in the decisions of the network, both sensors given: gradient x input of the winning class."""
-    model.eval()
-    features = model.encode(blocks.sensors)
-    _, details = mrf.AttributionLoss()(model.head(features), features, mask=blocks.labels != IGNORE, return_details=True)
-    model.train()
+    with evaluating(model):
+        features = model.encode(blocks.sensors)
+        _, details = mrf.AttributionLoss()(model.head(features), features, mask=blocks.labels != IGNORE, return_details=True)
     return {name: float(share) for name, share in details.share.items()}
 
 

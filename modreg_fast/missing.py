@@ -1,0 +1,218 @@
+"""How good a model is when modalities are missing."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modreg_fast import _validate as validate
+from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, name_of, rendered
+
+__all__ = ["MissingModalities", "evaluate_missing", "without"]
+
+Subset = tuple[str, ...]
+Drop = Literal["zeros", "noise"] | Callable[[str, Tensor], Tensor | None]
+
+EXHAUSTIVE = 5  # so many modalities have 31 subsets
+
+
+@dataclass(frozen=True)
+class MissingModalities:
+    """What :func:`evaluate_missing` returns.
+
+    Attributes:
+        metric: its name.
+        scores: subset of modalities that the model was given -> score; all modalities come first.
+        higher_is_better: whether a higher score is better.
+    """
+
+    metric: str
+    scores: dict[Subset, float]
+    higher_is_better: bool
+
+    @property
+    def full(self) -> float:
+        """Score with all modalities."""
+        return next(iter(self.scores.values()))
+
+    @property
+    def mean(self) -> float:
+        """Mean score over the subsets, that of all modalities included."""
+        return fmean(self.scores.values())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the subsets (of these very subsets, not an estimate for others)."""
+        return float(np.std(list(self.scores.values())))
+
+    @property
+    def worst(self) -> Subset:
+        """The subset with the worst score."""
+        return (min if self.higher_is_better else max)(self.scores, key=self.scores.__getitem__)
+
+    @property
+    def lost(self) -> dict[Subset, float]:
+        """Subset -> by how much its score is worse than with all modalities; negative where it is better."""
+        sign = 1 if self.higher_is_better else -1
+        return {subset: sign * (self.full - score) for subset, score in self.scores.items()}
+
+    def table(self) -> str:
+        """For printing: a row per subset, then mean, standard deviation and the worst subset."""
+        with extra("MissingModalities.table"):
+            from rich import box
+            from rich.table import Table
+        modalities = next(iter(self.scores))
+        table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+        for m in modalities:
+            table.add_column(m, justify="center", no_wrap=True)
+        table.columns[0].footer = "mean"
+        table.add_column(self.metric, justify="right", footer=f"{_digits(self.mean)} ± {_digits(self.std)}", no_wrap=True)
+        table.add_column("lost", justify="right")
+        for subset, score in self.scores.items():
+            marks = ("●" if m in subset else "·" for m in modalities)
+            table.add_row(*marks, _digits(score), "" if subset == modalities else _digits(self.lost[subset]))
+        return rendered(table, f"worst: {' + '.join(self.worst)}, {_digits(self.scores[self.worst])}")
+
+
+def evaluate_missing(
+    model: Model,
+    data: Data,
+    metric: Any,
+    *,
+    modalities: Sequence[str] | None = None,
+    drop: Drop = "zeros",
+    higher_is_better: bool | None = None,
+    progress: bool = True,
+) -> MissingModalities:
+    """Evaluates a model with every non-empty subset of its modalities, the others dropped.
+
+    With more than five modalities: all, all but one, and each alone. The data is read once. A module is evaluated in ``eval()`` mode
+    without gradients, on the device of its parameters, to which the batches are moved.
+
+    Args:
+        model: module or function, called with the inputs ``{modality: tensor}``. For a module with another signature a function:
+            ``lambda x: net(x["rgb"], x["depth"])``; in that case ``net.eval()`` is yours to call.
+        data: pairs ``(inputs, target)``, such as a ``DataLoader``.
+        metric: a torchmetrics ``Metric``, updated batch by batch (a copy per subset, the given one stays untouched); or a function
+            ``(predictions, targets) -> number``, called once per subset with all batches concatenated, on the CPU. What
+            the model returns goes to the metric as it is.
+        modalities: the keys of the inputs that count; default all.
+        drop: what takes the place of a dropped modality: ``"zeros"``; ``"noise"``, standard normal, drawn anew per batch from a fixed
+            seed, the same in all subsets; or a function ``(modality, tensor) -> tensor``, where None leaves the key out. Zeros and
+            noise suit inputs that are normalised to mean 0 and deviation 1.
+        higher_is_better: for the worst subset and for what is lost; default that of the torchmetrics metric, else True.
+        progress: show a progress bar on stderr (needs rich).
+
+    Returns:
+        :class:`MissingModalities`: ``scores``, ``mean`` and ``std`` over the subsets, ``worst``, ``lost``, ``table()``.
+
+    Raises:
+        ValueError, TypeError: data without pairs or without the modalities, a metric that gives no single number.
+
+    Example:
+        >>> data = [({"rgb": torch.ones(4, 2), "depth": torch.zeros(4, 2)}, torch.tensor([1, 1, 1, 0]))]
+        >>> def accuracy(scores, labels): return (scores.argmax(1) == labels).double().mean()
+        >>> result = evaluate_missing(lambda x: x["rgb"].cumsum(1) + x["depth"], data, accuracy, progress=False)
+        >>> result.scores
+        {('rgb', 'depth'): 0.75, ('rgb',): 0.75, ('depth',): 0.25}
+    """
+    function = "evaluate_missing"
+    if not callable(model):
+        validate.fail(function, "model", "a module or a function", type(model).__name__, TypeError)
+    streaming = all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
+    if not streaming and not callable(metric):
+        validate.fail(function, "metric", "a torchmetrics metric or a function", type(metric).__name__, TypeError)
+    if higher_is_better is None:
+        higher_is_better = getattr(metric, "higher_is_better", None) is not False
+    collected: dict[Subset, Any] = {}
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(model), torch.no_grad():
+        for inputs, target in batches(model, data, function, progress):
+            for subset, given in without(inputs, modalities, drop, generator):
+                if subset not in collected:
+                    collected[subset] = _copied(metric, inputs) if streaming else _Whole(metric)
+                collected[subset].update(model(given), target)
+        scores = {subset: _number(collector.compute(), function) for subset, collector in collected.items()}
+    return MissingModalities(name_of(metric, "score"), scores, higher_is_better)
+
+
+def without(
+    inputs: Mapping[str, Any],
+    modalities: Sequence[str] | None = None,
+    drop: Drop = "zeros",
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Subset, dict[str, Any]]]:
+    """Every subset as in :func:`evaluate_missing`, with the inputs in which the others are dropped."""
+    function = "evaluate_missing"
+    names = tuple(inputs) if modalities is None else tuple(validate.sequence(modalities, function, "modalities"))
+    for name in names:
+        if name not in inputs:
+            validate.fail(function, "modalities", f"keys of the inputs, {', '.join(map(repr, inputs))}", repr(name))
+    dropped = {name: _dropped(name, inputs[name], drop, generator) for name in names}
+    sizes = range(len(names), 0, -1) if len(names) <= EXHAUSTIVE else (len(names), len(names) - 1, 1)
+    for size in sizes:
+        for subset in combinations(names, size):
+            gone = {name: x for name, x in dropped.items() if name not in subset}
+            yield subset, {name: x for name, x in {**inputs, **gone}.items() if x is not None or name not in gone}
+
+
+def _dropped(name: str, x: Any, drop: Drop, generator: torch.Generator | None) -> Tensor | None:
+    function = "evaluate_missing"
+    if not isinstance(x, Tensor):
+        validate.fail(
+            function, f"inputs[{name!r}]", "a tensor (choose the modalities with modalities=)", type(x).__name__, TypeError
+        )
+    if callable(drop):
+        replaced = drop(name, x)
+        if replaced is not None and not isinstance(replaced, Tensor):
+            validate.fail(function, "drop", "a function that returns a tensor or None", type(replaced).__name__, TypeError)
+        return replaced
+    if drop == "zeros":
+        return torch.zeros_like(x)
+    if drop != "noise":
+        validate.fail(function, "drop", "'zeros', 'noise' or a function", repr(drop))
+    if not x.is_floating_point():
+        validate.fail(function, "drop", f"'zeros' or a function, because inputs[{name!r}] is {x.dtype}", repr(drop))
+    return torch.randn(x.shape, generator=generator).to(x)
+
+
+class _Whole:
+    """Calls a function once, on everything."""
+
+    def __init__(self, metric: Callable[[Tensor, Tensor], Any]) -> None:
+        self.metric = metric
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, predictions: object, target: object) -> None:
+        if not isinstance(predictions, Tensor) or not isinstance(target, Tensor):
+            got = f"{type(predictions).__name__} and {type(target).__name__}"
+            validate.fail("evaluate_missing", "predictions and target", "tensors for a metric that is a function", got, TypeError)
+        self.seen.append((predictions.cpu(), target.cpu()))
+
+    def compute(self) -> Any:
+        predictions, targets = zip(*self.seen, strict=True)
+        return self.metric(torch.cat(predictions), torch.cat(targets))
+
+
+def _copied(metric: Any, inputs: Mapping[str, Any]) -> Any:
+    metric = deepcopy(metric)
+    metric.reset()
+    device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
+    return metric.to(device) if isinstance(metric, nn.Module) else metric
+
+
+def _number(value: Any, function: str) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1 or isinstance(value, Mapping):
+        got = f"shape {validate.shape(value)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        validate.fail(function, "metric", "of one number (such as average='macro')", got)
+    return float(value)
+
+
+def _digits(x: float) -> str:
+    return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"

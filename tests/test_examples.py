@@ -1,0 +1,107 @@
+"""The examples and the code of the guides run, and what they claim is so."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_same_start):
+    torch.set_num_threads(1)
+
+
+def run(name: str, capsys) -> str:
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_segmentation(capsys):
+    """The regularized network carries more information at every scale."""
+    printed = run("segmentation", capsys)
+    plain, balanced = (
+        [[float(x) for x in re.findall(r"\d\.\d{4}", line)] for line in part.splitlines() if "step 149" in line][0]
+        for part in printed.split("feature_weight")[1:]
+    )
+    assert len(plain) == 4 and all(b > 2 * a for a, b in zip(plain, balanced, strict=True))
+    assert printed.count("worst: ") == 2
+
+
+def test_classification(capsys):
+    """The penalty of weight 1 brings the shares to one half."""
+    last = [line for line in run("classification", capsys).splitlines() if "step 200" in line]
+    plain, steered = (float(re.search(r"video (0\.\d+)", line)[1]) for line in last)
+    assert plain > 0.6 and abs(steered - 0.5) < 0.02
+
+
+def test_audio_video(capsys):
+    """Shares go where they are sent, and what the guide says of the scores holds."""
+    printed = run("audio_video", capsys)
+    rows = {}
+    for name in ("plain", "by skill", "equal"):
+        line = next(line for line in printed.splitlines() if re.match(rf"{name} .*%", line))
+        rows[name] = [float(x) for x in re.findall(r"[\d.]+(?= %)", line)]
+    share, day, _, _, night = zip(*rows.values(), strict=True)
+    assert share[0] > share[1] > share[2] and abs(share[2] - 50) <= 2
+    assert night[2] > night[0] + 2 and min(day) > 97
+    assert re.search(r"The plain model: video carries \d\d % \[\d\d, \d\d\] of the decision", printed)
+
+
+def blocks(path: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL))
+
+
+def example(name: str) -> dict:
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+
+
+def test_readme(capsys, tmp_path, monkeypatch):
+    from modreg_fast.demo.model import TwoStream
+
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("README.md"), {"model": TwoStream({"rgb": 3, "depth": 1}, classes=5)})
+    assert "of the decision" in capsys.readouterr().out and "TwoStream" in (tmp_path / "audit.html").read_text()
+
+
+def test_guide_to_segmentation(capsys):
+    given = example("segmentation")
+    model = given["TwoStreams"]({"camera": 3, "depth": 1})
+    names = {
+        "model": model,
+        "loader": [given["scene"](4) for _ in range(3)],
+        "validation": [given["scene"](4)],
+        "optimizer": torch.optim.Adam(model.parameters()),
+    }
+    exec(blocks("docs/guides/segmentation.md"), names)
+    printed = capsys.readouterr().out
+    assert "{'camera': [(4, 16, 32, 32), (4, 16, 16, 16)], 'depth': " in printed and "mean over the subsets: 0." in printed
+
+
+def test_guide_to_audio_and_video(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = example("audio_video")
+    data = given["clips"](256, seed=0)
+    names = {"model": given["AudioVideo"](), "loader": data, "validation": data, "night": data}
+    exec(blocks("docs/guides/audio_video.md"), names)
+    assert (tmp_path / "before.html").exists() and set(names["target"]) == {"video", "audio"}
+    assert "of the decision" in capsys.readouterr().out
+
+
+def test_indian_pines_for_the_audit_command(monkeypatch, capsys):
+    from modreg_fast import cli
+    from modreg_fast.demo import training
+
+    monkeypatch.setattr(training, "STEPS", 3)
+    monkeypatch.chdir(ROOT)
+    place = "examples.indian_pines"
+    sensors = list(runpy.run_path(str(ROOT / "examples" / "indian_pines.py"))["loader"]()[0][0])
+    features = [x for m in sensors for x in ("--features", f"{m}=encoders.{m}.stages.*")]
+    assert cli.main(["audit", "--model", f"{place}:build", "--data", f"{place}:loader", "--ignore-index", "255", *features]) == 0
+    assert "4 (2 x 2)" in capsys.readouterr().out
