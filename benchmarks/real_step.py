@@ -4,9 +4,12 @@ Two SegFormer-B0 encoders (random weights; colour, and a second sensor of 4 chan
 SegFormer's decode head, AdamW. The steps take turns. `ours` is the time inside the ops of this package, forward and backward, by torch's
 profiler; the rest of what a loss adds is PyTorch differentiating the head twice. docs/performance.md reads the table."""
 
+import os
 import time
 from collections.abc import Callable
 from statistics import median
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler reports each start and stop on stderr
 
 import torch
 from torch import Tensor, nn

@@ -8,7 +8,7 @@ from torch import Tensor
 from modreg_fast.bench.cases import Case
 from modreg_fast.bench.providers import public
 
-_MOST_ELEMENTS = 2**25
+_MOST_ELEMENTS = 2**23
 
 
 class Oracle:

@@ -11,7 +11,7 @@ from modreg_fast.bench.cases import BASELINES, PASSES
 from modreg_fast.bench.figures import figures
 from modreg_fast.bench.results import Row
 
-_CACHE = 64 * 2**20  # inputs below this may stay in the last-level cache, which a copy of memory never does
+_CACHE = 128 * 2**20  # inputs below this may stay in the last-level cache, which a copy of memory never does
 
 
 def console() -> Console:
