@@ -1,0 +1,95 @@
+"""What the kernels share: how work is cut into tiles, and how tiles are read and written.
+
+A tile is ``block_c`` channels of ``block_p`` neighbouring pixels of one sample, of tensors of one shape. The programs of a launch are
+numbered shape by shape, sample by sample, tile by tile. Kernels take their tensors as tuples of arguments, so that a launch copies
+nothing to the device, and the body of a kernel is instantiated once per shape, with a tile of its own (``SHAPE``)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(program, pixels, SHAPE: tl.constexpr):
+    """The sample and the pixels of a tile, from the number of its program among those of its shape."""
+    tiles = tl.cdiv(pixels, SHAPE.block_p)
+    sample, tile = (program // tiles).to(tl.int64), (program % tiles).to(tl.int64)
+    return sample, tile * SHAPE.block_p + tl.arange(0, SHAPE.block_p)
+
+
+@triton.jit
+def multiple(x, vector: tl.constexpr):
+    """``x``, which is a multiple of ``vector``, in 64 bits and in a form that tells the compiler so."""
+    return tl.cast(x, tl.int64) // vector * vector
+
+
+@triton.jit
+def inside_rows(p, pixels, SHAPE: tl.constexpr):
+    """Which pixels of a tile there are."""
+    if SHAPE.channels_last:
+        return p < pixels
+    else:
+        return p < multiple(pixels, SHAPE.vector)
+
+
+@triton.jit
+def counting_pixels(mask, sample, p, within, pixels):
+    """Which pixels of a tile count."""
+    if mask is None:
+        return within
+    else:
+        return within & (tl.load(mask + sample * pixels + p, mask=within, other=0) != 0)
+
+
+@triton.jit
+def pointers(tensor, strides, sample, c, p, SHAPE: tl.constexpr):
+    first = tensor + sample * multiple(strides[0], SHAPE.vector)
+    row = multiple(strides[1], SHAPE.vector)
+    if SHAPE.channels_last:
+        return first + c[:, None] + p[None, :] * row
+    else:
+        return first + c[:, None] * row + p[None, :]
+
+
+@triton.jit
+def read(tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
+    """The tile of channels ``c`` and pixels ``p`` in the type of the arithmetic; 0 where it is not ``inside``."""
+    x = tl.load(pointers(tensor, strides, sample, c, p, SHAPE), mask=inside, other=0.0)
+    return x.to(tl.float64 if SHAPE.wide else tl.float32)
+
+
+@triton.jit
+def write(x, tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
+    tl.store(pointers(tensor, strides, sample, c, p, SHAPE), x.to(tensor.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def number(pair, SHAPE: tl.constexpr):
+    """What ``two_floats`` took apart."""
+    if SHAPE.wide:
+        return pair[0].to(tl.float64) + pair[1].to(tl.float64)
+    else:
+        return pair[0]
+
+
+@triton.jit
+def programs_of(program, pixels, batch, SHAPES: tl.constexpr):
+    """Where ``program``, the number of a shape times the batch plus that of a sample, finds the results of its tiles: the first of
+    them, how many, and the number of pixels."""
+    first, start = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    tiles, size = tl.cast(0, tl.int32), tl.cast(0, tl.int64)
+    for s in tl.static_range(len(SHAPES)):
+        of_shape = tl.cdiv(pixels[s], SHAPES[s].block_p)
+        if s == program // batch:
+            start, tiles, size = first + (program % batch).to(tl.int64) * of_shape, of_shape, tl.cast(pixels[s], tl.int64)
+        first += of_shape.to(tl.int64) * batch
+    return start, tiles, size
+
+
+@triton.jit
+def ordered_sum(terms, n, BLOCK: tl.constexpr):
+    """The sum of ``n`` numbers in memory, always in the same order."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), terms.dtype.element_ty)
+    for start in range(0, n, BLOCK):
+        total += tl.load(terms + start + i, mask=start + i < n, other=0)
+    return tl.sum(total, 0)
