@@ -32,8 +32,8 @@ from modreg_fast.backends.triton.tiles import (
 )
 
 _THREADS = 256
-_ELEMENTS = 8  # of a step, per thread: 16 bytes of a 16-bit type
-_ROW = 256  # pixels, or channels, that a step reads side by side
+_LEAST_ELEMENTS = 4  # of a step, per thread
+_ROW = 256
 
 
 @triton.jit
@@ -216,16 +216,18 @@ def _backward_kernel(
 
 
 def _shape(tensors: list[Tensor], dtype: torch.dtype) -> Shape:
-    """The step of tensors of one shape and layout: rows of up to 256 pixels or channels, and as many rows as threads have room for."""
+    """The step of tensors of one shape and layout: 256 pixels or channels side by side if there are, the rest in the other direction;
+    16 bytes a thread where loads can be that wide."""
     channels, pixels, last = tensors[0].shape[1], tensors[0].shape[2], launches.channels_last(tensors[0])
-    elements = _THREADS * _ELEMENTS
+    vector = launches.vector(tensors)
+    elements = _THREADS * max(_LEAST_ELEMENTS, vector)
     if last:
-        block_c = min(_ROW, launches.power_of_two(channels))
-        block_p = min(elements // block_c, launches.power_of_two(pixels))
+        block_c = min(launches.power_of_two(channels), _ROW)
+        block_p = min(launches.power_of_two(pixels), elements // block_c)
     else:
-        block_p = min(_ROW, launches.power_of_two(pixels))
-        block_c = min(elements // block_p, launches.power_of_two(channels))
-    return Shape(channels, last, launches.vector(tensors), dtype == torch.float64, block_c, block_p)
+        block_c = min(launches.power_of_two(channels), elements // _ROW)
+        block_p = min(launches.power_of_two(pixels), elements // block_c)
+    return Shape(channels, last, vector, dtype == torch.float64, block_c, block_p)
 
 
 def _prepared(

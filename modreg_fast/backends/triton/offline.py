@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from modreg_fast.backends.triton.tiles import Launch
+from modreg_fast.backends.triton.launches import Launch
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:

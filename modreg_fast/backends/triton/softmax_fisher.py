@@ -220,7 +220,8 @@ def _backward_kernel(
                     # dI/dX = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
                     # J(q) is blind to a number added to all channels, so log p may lack its last term.
                     inverse = 1.0 / f
-                    a, b = (2.0 * weight * inverse)[None, :], (weight * n * inverse * inverse)[None, :]
+                    a = tl.where(counts, 2.0 * weight * inverse, 0.0)[None, :]
+                    b = tl.where(counts, weight * n * inverse * inverse, 0.0)[None, :]
                     own += a * p_draw * (d - tl.sum(p_draw * d, 0)[None, :]) - b * d
                     if not DETACH:
                         pull += b * log_p - a * d
@@ -228,8 +229,7 @@ def _backward_kernel(
             shared = q * (pull - tl.sum(q * pull, 0)[None, :]) / number_held
             inside = (c < SHAPE.channels)[:, None] & inside_rows(p, pixels[s], SHAPE)[None, :]
             for m in tl.static_range(MODALITIES):
-                gradient = tl.where(counts[None, :] & held[m], owns[m] + shared, 0.0)
-                write(gradient, gradients[s][m], gradient_strides[s][m], sample, c, p, inside, SHAPE)
+                write(tl.where(held[m], owns[m] + shared, 0.0), gradients[s][m], gradient_strides[s][m], sample, c, p, inside, SHAPE)
         program -= programs
 
 

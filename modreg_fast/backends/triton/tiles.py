@@ -66,7 +66,7 @@ def write(x, tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
 def number(pair, SHAPE: tl.constexpr):
     """What ``two_floats`` took apart."""
     if SHAPE.wide:
-        return pair[0].to(tl.float64) + pair[1].to(tl.float64)
+        return tl.cast(pair[0], tl.float64) + tl.cast(pair[1], tl.float64)
     else:
         return pair[0]
 
