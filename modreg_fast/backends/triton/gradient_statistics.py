@@ -190,9 +190,7 @@ def _backward_kernel(
                 v += _half_over(tl.load(grad_attribution + result).to(dtype), tl.load(attribution + result).to(dtype))
                 if len(grad_attribution_maps) > 0:
                     sums = _sums(grads, features, strides, k, sample, p, within, SHAPE)
-                    v += _half_over(
-                        tl.load(grad_attribution_maps[k] + at, mask=within, other=0.0).to(dtype), tl.sqrt(sums[1])
-                    )
+                    v += _half_over(tl.load(grad_attribution_maps[k] + at, mask=within, other=0.0).to(dtype), tl.sqrt(sums[1]))
             u_f = (2.0 * u / f)[None, :]
 
             squares = tl.full((SHAPE.block_c, SHAPE.block_p), 0.0, dtype)
@@ -207,8 +205,8 @@ def _backward_kernel(
                     v_g_e = 2.0 * v[None, :] * g * e
                     to_g += v_g_e * e
                     to_e = tl.where(counting[None, :], v_g_e * g, 0.0)
-                    write(to_e, to_features[k], output_strides[k][1], sample, c, p, inside, SHAPE)
-                write(tl.where(counting[None, :], to_g, 0.0), to_grads[k], output_strides[k][0], sample, c, p, inside, SHAPE)
+                    write(to_e, to_features[k], output_strides[k], sample, c, p, inside, SHAPE)
+                write(tl.where(counting[None, :], to_g, 0.0), to_grads[k], output_strides[k], sample, c, p, inside, SHAPE)
             if len(values) > 0:
                 to_f = tl.where(counting, -u * tl.sum(squares, 0) / (f * f), 0.0)
                 tl.store(to_values[k] + at, to_f.to(to_values[k].dtype.element_ty), mask=within)
@@ -234,6 +232,7 @@ def _prepared(
     grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float
 ) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
     """Gradient and feature of every tensor as the kernels read them, the shapes, and the arguments that the large kernels share."""
+    launches.check_pixels(grads, "gradient_statistics")
     pairs = [launches.in_one_layout([g, *features[k : k + 1]]) for k, g in enumerate(grads)]
     shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]])) for k, pair in enumerate(pairs)]
     arguments = (
@@ -241,7 +240,7 @@ def _prepared(
         tuple(pair[1] for pair in pairs if len(pair) > 1),
         tuple(f.contiguous() for f in values),
         tuple(m.contiguous() for m in masks),
-        tuple(tuple(map(launches.strides, pair)) for pair in pairs),
+        tuple(launches.strides(pair, shape) for pair, shape in zip(pairs, shapes, strict=True)),
         launches.two_floats(eps),
         tuple(g.shape[2] for g in grads),
         grads[0].shape[0],
@@ -304,7 +303,7 @@ def backward_launches(
     outputs = [[empty_in_layout(x, layout_of(x)) for x in pair] for pair in pairs]
     to_grads, to_features = [pair[0] for pair in outputs], [pair[1] for pair in outputs if len(pair) > 1]
     to_values = [f.new_empty(f.shape) for f in values]
-    output_strides = tuple(tuple(map(launches.strides, pair)) for pair in outputs)
+    output_strides = tuple(launches.strides(pair[:1], shape)[0] for pair, shape in zip(outputs, shapes, strict=True))
     batch, pixels = shared[7], shared[6]
     counts = grad_fisher.new_empty((len(grads), batch), dtype=torch.int32) if masks and values else None
     main = Launch(

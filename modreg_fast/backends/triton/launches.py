@@ -71,6 +71,13 @@ def power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def check_pixels(tensors: Sequence[Tensor], function: str) -> None:
+    """Pixels of a sample are numbered in 32 bits; offsets in memory have 64."""
+    pixels = max(x.shape[2] for x in tensors)
+    if pixels >= 2**31 - MOST_THREADS:
+        raise ValueError(f"{function}: backend 'triton' takes fewer than 2^31 pixels per sample, got {pixels}")
+
+
 def in_one_layout(tensors: Sequence[Tensor], layout: Layout | None = None) -> list[Tensor]:
     """Tensors ``(B, C, P)`` of one shape in the given layout, or in that of the first; copies of those that have another."""
     first = in_layout(tensors[0], layout)
@@ -81,7 +88,7 @@ def channels_last(x: Tensor) -> bool:
     return layout_of(x) == "channels"
 
 
-def strides(x: Tensor) -> tuple[int, int]:
+def _strides(x: Tensor) -> tuple[int, int]:
     """From sample to sample and from row to row of ``(B, C, P)``; a row is what lies side by side: the pixels of a channel, or the
     channels of a pixel."""
     return x.stride(0), x.stride(2 if channels_last(x) else 1)
@@ -91,7 +98,13 @@ def vector(tensors: Sequence[Tensor]) -> int:
     """The largest power of two that divides strides and row lengths of tensors of one shape and layout; at most 16 bytes."""
     row = tensors[0].shape[1 if channels_last(tensors[0]) else 2]
     widest = LOAD_BYTES // max(x.element_size() for x in tensors)
-    return math.gcd(widest, row, *(stride for x in tensors for stride in strides(x)))
+    return math.gcd(widest, row, *(stride for x in tensors for stride in _strides(x)))
+
+
+def strides(tensors: Sequence[Tensor], shape: Shape) -> tuple[tuple[int, int], ...]:
+    """What ``tiles.pointers`` takes: of each tensor the strides from sample to sample and from row to row, in units of
+    ``shape.vector``."""
+    return tuple((sample // shape.vector, row // shape.vector) for sample, row in map(_strides, tensors))
 
 
 def two_floats(x: float) -> tuple[float, float]:

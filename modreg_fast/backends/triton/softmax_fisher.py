@@ -35,19 +35,19 @@ from modreg_fast.backends.triton.tiles import (
 _MOST_CHANNELS = 2**16
 _LEAST_THREADS = 256
 
-# Elements of a tile per thread: few enough for 64 registers, for up to 2, 4, 8 and more modalities. Kept in registers at a time, of
-# each element: all features, q, and p, d and their terms of one draw; in the backward pass also all gradients and the pull on q. Where
-# pixels lie side by side, a thread has several pixels, and per pixel some numbers more; noise takes its own.
+# Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 64 registers hold (tests/test_triton_compiled.py).
+# A thread holds, for each of them, all features, q, and p, d and log p of one draw, in the backward pass gradients instead of features
+# and the pull on q. Where pixels lie side by side, a thread has several, and for each of those some numbers more.
 _ELEMENTS = {
-    # backward, noise, channels last
-    (False, False, False): (8, 8, 4, 1),
-    (False, False, True): (8, 8, 4, 1),
-    (False, True, False): (4, 4, 2, 1),
-    (False, True, True): (4, 4, 2, 1),
-    (True, False, False): (4, 2, 1, 1),
-    (True, False, True): (8, 4, 2, 1),
-    (True, True, False): (2, 1, 1, 1),
-    (True, True, True): (4, 2, 1, 1),
+    # (backward, noise, channels side by side)
+    (False, False, False): (8, 4, 2),
+    (False, False, True): (8, 4, 2),
+    (False, True, False): (4, 2, 1),
+    (False, True, True): (4, 2, 1),
+    (True, False, False): (4, 2, 1),
+    (True, False, True): (8, 4, 1),
+    (True, True, False): (2, 1, 1),
+    (True, True, True): (4, 2, 1),
 }
 
 
@@ -64,25 +64,35 @@ def _softmax(x, inside, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def _held(present, sample, m, MODALITIES: tl.constexpr):
+    """Whether the sample has modality ``m``."""
+    if present is None:
+        return sample >= 0
+    else:
+        return tl.load(present + sample * MODALITIES + m) != 0
+
+
+@triton.jit
 def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.constexpr, MODALITIES: tl.constexpr):
-    """A tile of every modality, 0 where it does not count; the reference q; which pixels count; which modalities the sample has,
-    and how many (at least 1)."""
+    """A tile of every modality, 0 where it does not count; the reference q; which pixels count; the share of a modality in
+    the reference."""
     within = inside_rows(p, pixels, SHAPE)
     counts = counting_pixels(mask, sample, p, within, pixels)
-    xs, held = (), ()
+    xs = ()
+    number_held = tl.cast(0.0, tl.float64 if SHAPE.wide else tl.float32)
     for m in tl.static_range(MODALITIES):
-        has = sample >= 0 if present is None else tl.load(present + sample * MODALITIES + m) != 0
+        has = _held(present, sample, m, MODALITIES)
         x = read(features[m], strides[m], sample, c, p, (c < SHAPE.channels)[:, None] & within[None, :] & has, SHAPE)
         if mask is not None:
             x = tl.where(counts[None, :], x, 0.0)
-        xs, held = xs + (x,), held + (has,)
-    total, number_held = xs[0], held[0].to(xs[0].dtype)
+        xs = xs + (x,)
+        number_held += has.to(number_held.dtype)
+    total = xs[0]
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
-        number_held += held[m].to(xs[0].dtype)
-    number_held = tl.maximum(number_held, 1.0)
-    shifted, e, e_sum = _softmax(total / number_held, (c < SHAPE.channels)[:, None], SHAPE)
-    return xs, e * (1.0 / e_sum)[None, :], counts, held, number_held
+    share = 1.0 / tl.maximum(number_held, 1.0)
+    shifted, e, e_sum = _softmax(total * share, (c < SHAPE.channels)[:, None], SHAPE)
+    return xs, e * (1.0 / e_sum)[None, :], counts, share
 
 
 @triton.jit
@@ -126,9 +136,7 @@ def _forward_kernel(
             sample, p = locate(program, pixels[s], SHAPE)
             c = tl.arange(0, SHAPE.block_c)
             mask = None if len(masks) == 0 else masks[s]
-            xs, q, counts, held, number_held = _read(
-                features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES
-            )
+            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES)
             for m in tl.static_range(MODALITIES):
                 information = tl.full((SHAPE.block_p,), 0.0, q.dtype)
                 for draw in range(samples if NOISY[m] else 1):
@@ -138,7 +146,7 @@ def _forward_kernel(
                     information += n / f
                 if not NOISY[m]:
                     information *= samples  # every draw is the same
-                total = tl.sum(tl.where(counts & held[m], information, 0.0), 0)
+                total = tl.sum(tl.where(counts & _held(present, sample, m, MODALITIES), information, 0.0), 0)
                 tl.store(partial + m * tl.num_programs(0).to(tl.int64) + tl.program_id(0), total)
             if mask is not None:
                 tl.store(partial_counts + tl.program_id(0), tl.sum(counts.to(tl.int32), 0))
@@ -201,9 +209,7 @@ def _backward_kernel(
             sample, p = locate(program, pixels[s], SHAPE)
             c = tl.arange(0, SHAPE.block_c)
             mask = None if len(masks) == 0 else masks[s]
-            xs, q, counts, held, number_held = _read(
-                features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES
-            )
+            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES)
             terms = (tl.maximum(tl.load(valid + s * batch + sample), 1) * samples).to(q.dtype)
             pull = tl.zeros_like(q)  # sum over modalities and draws of the bracket in dI/dR
             owns = ()
@@ -211,7 +217,7 @@ def _backward_kernel(
                 weight = tl.load(grad + (m * SCALES + s) * batch + sample).to(q.dtype) / terms
                 if not NOISY[m]:
                     weight *= samples  # every draw is the same
-                weight = tl.where(held[m], weight, 0.0)
+                weight = tl.where(_held(present, sample, m, MODALITIES), weight, 0.0)
                 own = tl.zeros_like(q)
                 for draw in range(samples if NOISY[m] else 1):
                     p_draw, log_p, d, n, f = _draw(
@@ -226,30 +232,42 @@ def _backward_kernel(
                     if not DETACH:
                         pull += b * log_p - a * d
                 owns = owns + (own,)
-            shared = q * (pull - tl.sum(q * pull, 0)[None, :]) / number_held
+            shared = q * (pull - tl.sum(q * pull, 0)[None, :]) * share
             inside = (c < SHAPE.channels)[:, None] & inside_rows(p, pixels[s], SHAPE)[None, :]
             for m in tl.static_range(MODALITIES):
-                write(tl.where(held[m], owns[m] + shared, 0.0), gradients[s][m], gradient_strides[s][m], sample, c, p, inside, SHAPE)
+                write(
+                    tl.where(_held(present, sample, m, MODALITIES), owns[m] + shared, 0.0),
+                    gradients[s][m],
+                    gradient_strides[s],
+                    sample,
+                    c,
+                    p,
+                    inside,
+                    SHAPE,
+                )
         program -= programs
 
 
 def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) -> tuple[tuple[Shape, ...], int]:
-    """The tile of each scale, for its ``M`` features, and the threads of a program, the same for all scales.
-
-    As many threads as a tile needs that reads whole sectors of memory: 32 bytes of every channel, or the channels of one pixel."""
-    size = next(i for i, most in enumerate((2, 4, 8, len(features[0]))) if len(features[0]) <= most)
-    elements, blocks, threads = [], [], _LEAST_THREADS
+    """The tile of each scale, for its ``M`` features, and the threads of a program, the same for all scales: enough for all channels of
+    one pixel, or for 32 bytes of every channel, which is what memory delivers at least."""
+    modalities = len(features[0])
+    size = 0 if modalities <= 2 else 1 if modalities <= 4 else 2
+    tiles, threads = [], _LEAST_THREADS
     for xs in features:
-        item, last = xs[0].element_size(), launches.channels_last(xs[0])
-        elements.append(max(1, _ELEMENTS[backward, noisy, last][size] * 4 // max(4, item)))
-        blocks.append(launches.power_of_two(max(4 if noisy else 1, xs[0].shape[1])))
-        needed = blocks[-1] * (1 if last else launches.SECTOR_BYTES // item) // elements[-1]
+        item, last, vector = xs[0].element_size(), launches.channels_last(xs[0]), launches.vector(xs)
+        scattered = last and vector < 4  # many short loads, an address each
+        elements = _ELEMENTS[backward, noisy, last and not scattered][size]
+        if scattered or item == 8:
+            elements = max(1, elements // 2)
+        block_c = launches.power_of_two(max(4 if noisy else 1, xs[0].shape[1]))
+        needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements
         threads = min(launches.MOST_THREADS, max(threads, needed))
+        tiles.append((xs[0], last, vector, elements, block_c))
     shapes = []
-    for xs, e, block_c in zip(features, elements, blocks, strict=True):
-        block_p = max(1, min(launches.power_of_two(xs[0].shape[2]), threads * e // block_c))
-        wide = xs[0].dtype == torch.float64
-        shapes.append(Shape(xs[0].shape[1], launches.channels_last(xs[0]), launches.vector(xs), wide, block_c, block_p))
+    for x, last, vector, elements, block_c in tiles:
+        block_p = max(1, min(launches.power_of_two(x.shape[2]), threads * elements // block_c))
+        shapes.append(Shape(x.shape[1], last, vector, x.dtype == torch.float64, block_c, block_p))
     return tuple(shapes), threads
 
 
@@ -266,13 +284,14 @@ def _prepared(
     """The features by scale, as the kernels read them, and a launch that has all but what one kernel alone takes."""
     scales = len(features) // len(sigma)
     channels = max(x.shape[1] for x in features)
+    launches.check_pixels(features, "softmax_fisher")
     if channels > _MOST_CHANNELS:
         raise ValueError(f"softmax_fisher: backend 'triton' takes at most {_MOST_CHANNELS} channels, got {channels}")
     by_scale = [launches.in_one_layout(features[s::scales]) for s in range(scales)]
     shapes, threads = _configuration(by_scale, any(s > 0 for s in sigma), backward)
     arguments = (
         tuple(map(tuple, by_scale)),
-        tuple(tuple(map(launches.strides, xs)) for xs in by_scale),
+        tuple(launches.strides(xs, shape) for xs, shape in zip(by_scale, shapes, strict=True)),
         tuple(m.contiguous() for m in masks),
         None if present is None else present.contiguous(),
         tuple(map(launches.two_floats, sigma)),
@@ -331,7 +350,8 @@ def backward_launches(
     """The result of ``backward``, and the launch that fills it."""
     by_scale, main = _prepared(features, masks, present, sigma, samples, seed, eps, True)
     gradients = [[empty_in_layout(x, layout_of(x)) for x in xs] for xs in by_scale]
-    strides = tuple(tuple(map(launches.strides, xs)) for xs in gradients)
+    # Dense tensors of one shape and layout: one pair of strides per scale.
+    strides = tuple(launches.strides(xs[:1], shape)[0] for xs, shape in zip(gradients, main.constants["SHAPES"], strict=True))
     arguments = (*main.arguments, grad.contiguous(), counts.contiguous(), tuple(map(tuple, gradients)), strides)
     constants = {**main.constants, "DETACH": detach_reference}
     flat = [xs[m] for m in range(len(sigma)) for xs in gradients]
@@ -365,9 +385,7 @@ def backward(
     detach_reference: bool,
     eps: float,
 ) -> list[Tensor]:
-    gradients, launches = backward_launches(
-        grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps
-    )
+    gradients, launches = backward_launches(grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps)
     for launch in launches:
         launch.run()
     return gradients

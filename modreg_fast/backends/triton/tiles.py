@@ -12,14 +12,7 @@ import triton.language as tl
 def locate(program, pixels, SHAPE: tl.constexpr):
     """The sample and the pixels of a tile, from the number of its program among those of its shape."""
     tiles = tl.cdiv(pixels, SHAPE.block_p)
-    sample, tile = (program // tiles).to(tl.int64), (program % tiles).to(tl.int64)
-    return sample, tile * SHAPE.block_p + tl.arange(0, SHAPE.block_p)
-
-
-@triton.jit
-def multiple(x, vector: tl.constexpr):
-    """``x``, which is a multiple of ``vector``, in 64 bits and in a form that tells the compiler so."""
-    return tl.cast(x, tl.int64) // vector * vector
+    return (program // tiles).to(tl.int64), program % tiles * SHAPE.block_p + tl.arange(0, SHAPE.block_p)
 
 
 @triton.jit
@@ -28,7 +21,7 @@ def inside_rows(p, pixels, SHAPE: tl.constexpr):
     if SHAPE.channels_last:
         return p < pixels
     else:
-        return p < multiple(pixels, SHAPE.vector)
+        return p < pixels // SHAPE.vector * SHAPE.vector
 
 
 @triton.jit
@@ -42,8 +35,9 @@ def counting_pixels(mask, sample, p, within, pixels):
 
 @triton.jit
 def pointers(tensor, strides, sample, c, p, SHAPE: tl.constexpr):
-    first = tensor + sample * multiple(strides[0], SHAPE.vector)
-    row = multiple(strides[1], SHAPE.vector)
+    """Of the elements of a tile. The strides come in units of ``SHAPE.vector``: so the compiler sees what divides the offsets."""
+    first = tensor + sample * strides[0] * SHAPE.vector
+    row = tl.cast(strides[1], tl.int64) * SHAPE.vector
     if SHAPE.channels_last:
         return first + c[:, None] + p[None, :] * row
     else:
