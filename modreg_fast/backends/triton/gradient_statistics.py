@@ -24,10 +24,12 @@ from modreg_fast.backends.triton.tiles import (
     counting_pixels,
     inside_rows,
     locate,
+    narrowed,
     number,
     ordered_sum,
     programs_of,
     read,
+    widened,
     write,
 )
 
@@ -82,7 +84,7 @@ def _forward_kernel(
             squares, products = _sums(grads, features, strides, k, sample, p, within, SHAPE)
             at = sample * pixels[k] + p
             if len(values) > 0:
-                f = tl.load(values[k] + at, mask=within, other=1.0).to(squares.dtype) + number(eps, SHAPE)
+                f = widened(tl.load(values[k] + at, mask=within, other=1.0), SHAPE) + number(eps, SHAPE)
                 fisher = tl.where(counts, squares / f, 0.0)
                 tl.store(partial_fisher + tl.program_id(0), tl.sum(fisher, 0))
                 if len(fisher_maps) > 0:
@@ -185,7 +187,7 @@ def _backward_kernel(
                 u += tl.load(grad_fisher + result).to(dtype) / tl.cast(count, dtype)
                 if len(grad_fisher_maps) > 0:
                     u += tl.load(grad_fisher_maps[k] + at, mask=within, other=0.0).to(dtype)
-                f = tl.load(values[k] + at, mask=within, other=1.0).to(dtype) + number(eps, SHAPE)
+                f = widened(tl.load(values[k] + at, mask=within, other=1.0), SHAPE) + number(eps, SHAPE)
             if len(features) > 0:
                 v += _half_over(tl.load(grad_attribution + result).to(dtype), tl.load(attribution + result).to(dtype))
                 if len(grad_attribution_maps) > 0:
@@ -209,7 +211,7 @@ def _backward_kernel(
                 write(tl.where(counting[None, :], to_g, 0.0), to_grads[k], output_strides[k], sample, c, p, inside, SHAPE)
             if len(values) > 0:
                 to_f = tl.where(counting, -u * tl.sum(squares, 0) / (f * f), 0.0)
-                tl.store(to_values[k] + at, to_f.to(to_values[k].dtype.element_ty), mask=within)
+                tl.store(to_values[k] + at, narrowed(to_f, to_values[k]), mask=within)
         program -= programs
 
 

@@ -7,9 +7,9 @@ _TURN = tl.constexpr(2.0**-32 * 6.283185307179586)
 
 
 @triton.jit
-def philox_words(seed, sample, first_channel, p, pixels, tensor, draw, SHAPE: tl.constexpr):
+def philox_words(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
     """Words 0 to 3 of the counter blocks of a tile: a row per four channels, which get one word each."""
-    quad = first_channel // 4 + tl.arange(0, SHAPE.block_c // 4)
+    quad = tl.arange(0, SHAPE.block_c // 4)
     blocks: tl.constexpr = (SHAPE.channels + 3) // 4
     g = (sample * blocks + quad[:, None]) * pixels + p[None, :]
     high = (g >> 32).to(tl.uint32)
@@ -47,7 +47,7 @@ def _box_muller(a, b, SHAPE: tl.constexpr):
 @triton.jit
 def standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
     """The noise of a tile of all channels (a multiple of 4 of them, past the last one unused) and pixels ``p``."""
-    w0, w1, w2, w3 = philox_words(tl.load(seed), sample, 0, p, pixels, tensor, draw, SHAPE)
+    w0, w1, w2, w3 = philox_words(tl.load(seed), sample, p, pixels, tensor, draw, SHAPE)
     n0, n1 = _box_muller(w0, w1, SHAPE)
     n2, n3 = _box_muller(w2, w3, SHAPE)
     quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # (quad, pixel, c // 2 % 2, c % 2)

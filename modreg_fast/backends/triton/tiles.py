@@ -45,15 +45,34 @@ def pointers(tensor, strides, sample, c, p, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def widened(x, SHAPE: tl.constexpr):
+    """In the type of the arithmetic. From 16 bits by way of float32, as Triton converts reliably."""
+    if x.dtype == tl.float64:
+        return x
+    elif SHAPE.wide:
+        return x.to(tl.float32).to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, tensor):
+    """In the type of what ``tensor`` points to, from that of the arithmetic."""
+    if tensor.dtype.element_ty == tl.float64:
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32).to(tensor.dtype.element_ty)
+
+
+@triton.jit
 def read(tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
-    """The tile of channels ``c`` and pixels ``p`` in the type of the arithmetic; 0 where it is not ``inside``."""
-    x = tl.load(pointers(tensor, strides, sample, c, p, SHAPE), mask=inside, other=0.0)
-    return x.to(tl.float64 if SHAPE.wide else tl.float32)
+    """The tile of channels ``c`` and pixels ``p``, widened; 0 where it is not ``inside``."""
+    return widened(tl.load(pointers(tensor, strides, sample, c, p, SHAPE), mask=inside, other=0.0), SHAPE)
 
 
 @triton.jit
 def write(x, tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
-    tl.store(pointers(tensor, strides, sample, c, p, SHAPE), x.to(tensor.dtype.element_ty), mask=inside)
+    tl.store(pointers(tensor, strides, sample, c, p, SHAPE), narrowed(x, tensor), mask=inside)
 
 
 @triton.jit
