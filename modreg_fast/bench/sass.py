@@ -18,13 +18,13 @@ _REGISTERS = 65536
 class Resources:
     registers: int  # per thread
     stack: int  # bytes per thread: spilled registers, and arrays in memory
-    shared: int  # bytes per block
+    shared: int  # bytes per block, declared in the code
 
-    def occupancy(self, architecture: int, threads: int) -> float:
+    def occupancy(self, architecture: int, threads: int, dynamic_shared: int = 0) -> float:
         """Share of a multiprocessor's threads that are resident with blocks of so many threads (at most 32 blocks fit)."""
         room, shared = _MULTIPROCESSOR[architecture]
         by_registers = _REGISTERS // (-(-self.registers // 8) * 8 * threads)
-        by_shared = shared * 1024 // (self.shared + 1024)  # the driver keeps 1 KiB per block
+        by_shared = shared * 1024 // (self.shared + dynamic_shared + 1024)  # the driver keeps 1 KiB per block
         return min(by_registers, by_shared, room // threads, 32) * threads / room
 
 

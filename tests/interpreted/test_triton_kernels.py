@@ -1,6 +1,7 @@
 """The Triton kernels themselves, in the interpreter: memory traffic, noise bits, tiles, determinism, one graph under torch.compile."""
 
 import itertools
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -19,7 +20,7 @@ from modreg_fast.functional import gradient_statistics, softmax_fisher_informati
 
 LAYOUTS = {"pixels": lambda x: x, "channels": lambda x: x.mT.contiguous().mT}
 # Rows of whole sectors and odd ones, one pixel, many channels; two scales in a launch.
-SHAPES = [[(2, 16, 256)], [(2, 19, 77)], [(3, 5, 1)], [(1, 1024, 9)], [(2, 8, 64), (2, 24, 15)]]
+SHAPES = [[(1, 16, 256)], [(3, 5, 1)], [(1, 1024, 9)], [(2, 8, 64), (2, 19, 77)]]
 EPS = 1e-8
 
 
@@ -35,9 +36,8 @@ def run(launches):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-@pytest.mark.parametrize("sigma", [0.0, 0.5])
-def test_softmax_fisher_reads_every_feature_once(shapes, dtype, layout, sigma):
-    """Also with several draws; the backward pass as well, and it writes every gradient once. Beside the features only results move:
+def test_softmax_fisher_reads_every_feature_once(shapes, dtype, layout, sigma=0.0):
+    """The backward pass as well, and it writes every gradient once. Beside the features only results move:
     a number per tile and modality."""
     xs = tensors(shapes, 2, dtype, layout)
     size = sum(x.numel() * x.element_size() for x in xs)
@@ -56,6 +56,11 @@ def test_softmax_fisher_reads_every_feature_once(shapes, dtype, layout, sigma):
     assert len(main) == 1
     assert backward.loaded(*xs) == backward.distinct(*xs) == size
     assert all(backward.stored_once(g) for g in gradients)
+
+
+def test_noise_reads_nothing_more():
+    """Also with several draws."""
+    test_softmax_fisher_reads_every_feature_once([(2, 6, 40)], torch.float32, "pixels", sigma=0.5)
 
 
 def test_masks_are_read_once_and_absent_modalities_not_at_all():
@@ -136,12 +141,12 @@ def _noise_kernel(seed, words, normals, pixels, first, TENSOR: tl.constexpr, DRA
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, 2**40 + 11, 2**63 - 1])
-@pytest.mark.parametrize("channels, pixels, sample", [(1, 3, 0), (6, 64, 2), (19, 33, 1), (8, 50, 2**31)])
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
+@pytest.mark.parametrize("channels, pixels, sample", [(1, 3, 0), (19, 33, 1), (8, 50, 2**31)])
 def test_noise_has_the_bits_of_the_reference(channels, pixels, sample, seed, wide):
     """The words exactly, for counters past 32 bits too; the normals up to the rounding of log, sine and cosine."""
     block_c, block_p = max(4, launches.power_of_two(channels)), launches.power_of_two(pixels)
-    shape = launches.Shape(channels, False, 1, wide, block_c, block_p)
+    shape = launches.Shape(channels, False, 1, False, wide, block_c, block_p)
     dtype = torch.float64 if wide else torch.float32
     words, normals = torch.empty(4, block_c // 4, block_p, dtype=torch.int32), torch.empty(block_c, block_p, dtype=dtype)
     key = torch.tensor(seed)
@@ -166,7 +171,7 @@ def test_sine_and_cosine():
     word = np.concatenate([np.array(edges) % 2**32, np.random.default_rng(1).integers(2**32, size=1000)]).astype(np.uint32)
     word = torch.tensor(np.resize(word, 1024).view(np.int32))
     out = torch.empty(2, 1024)
-    _sine_cosine_kernel[(1,)](word, out, launches.Shape(4, False, 1, False, 4, 1024))
+    _sine_cosine_kernel[(1,)](word, out, launches.Shape(4, False, 1, False, False, 4, 1024))
     angle = 2 * np.pi * (word.long() & 0xFFFFFFFF).numpy() / 2**32
     assert np.abs(out[0].double().numpy() - np.sin(angle)).max() < 1e-7
     assert np.abs(out[1].double().numpy() - np.cos(angle)).max() < 1e-7
@@ -202,6 +207,19 @@ def test_mixed_types_layouts_and_scales_in_one_call():
     for m in range(2):
         helpers.assert_close(gradients[2 * m], expected[m][0], 1e-12)
         helpers.assert_close(gradients[2 * m + 1], expected[m][1], 2.0**-8)
+
+
+def test_offsets_of_64_bits():
+    """The kernels for samples of 2^31 elements and more, on small ones; and which samples are that large."""
+    xs = tensors([(2, 19, 33)], 2, torch.float32, "pixels")
+    information, _, found = fisher.forward_launches(xs, [], None, [0.0, 0.0], 1, None, EPS)
+    run(found)
+    expected = information.clone()
+    (shape,) = found[0].constants["SHAPES"]
+    run([replace(x, constants={**x.constants, "SHAPES": (replace(shape, far=True),)}) for x in found])
+    assert torch.equal(information, expected)
+    large = torch.empty(1, 2**15, 2**16, dtype=torch.bfloat16, device="meta")
+    assert launches.far([large]) and launches.far([large.transpose(1, 2)]) and not launches.far([large[:, : 2**14]])
 
 
 def test_same_bits_from_run_to_run():

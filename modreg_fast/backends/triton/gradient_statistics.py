@@ -227,7 +227,7 @@ def _shape(tensors: list[Tensor], dtype: torch.dtype) -> Shape:
     else:
         block_c = min(launches.power_of_two(channels), elements // _ROW)
         block_p = min(launches.power_of_two(pixels), elements // block_c)
-    return Shape(channels, last, vector, dtype == torch.float64, block_c, block_p)
+    return Shape(channels, last, vector, launches.far(tensors), dtype == torch.float64, block_c, block_p)
 
 
 def _prepared(

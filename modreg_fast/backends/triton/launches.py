@@ -26,7 +26,8 @@ class Shape:
 
     channels: int
     channels_last: bool
-    vector: int  # strides and row lengths are multiples of it, in elements: loads can be this wide
+    vector: int  # elements that a thread reads at once; strides and row lengths are multiples of it
+    far: bool  # offsets within a sample need 64 bits (those of samples always have them)
     wide: bool  # float64 arithmetic
     block_c: int
     block_p: int
@@ -92,6 +93,11 @@ def _strides(x: Tensor) -> tuple[int, int]:
     """From sample to sample and from row to row of ``(B, C, P)``; a row is what lies side by side: the pixels of a channel, or the
     channels of a pixel."""
     return x.stride(0), x.stride(2 if channels_last(x) else 1)
+
+
+def far(tensors: Sequence[Tensor]) -> bool:
+    """Whether an element of a sample is 2^31 elements or more behind its first."""
+    return any(sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31 - 2**14 for x in tensors)
 
 
 def vector(tensors: Sequence[Tensor]) -> int:

@@ -34,19 +34,20 @@ from modreg_fast.backends.triton.tiles import (
 
 _MOST_CHANNELS = 2**16
 _LEAST_THREADS = 256
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 64 registers hold (tests/test_triton_compiled.py).
-# A thread holds, for each of them, all features, q, and p, d and log p of one draw, in the backward pass gradients instead of features
-# and the pull on q. Where pixels lie side by side, a thread has several, and for each of those some numbers more.
+# For each of them a thread holds all features, q, and p, d and log p of one draw, in the backward pass gradients instead of features
+# and the pull on q. The more channels of a pixel a thread has, the less goes between threads in sums over channels.
 _ELEMENTS = {
     # (backward, noise, channels side by side)
     (False, False, False): (8, 4, 2),
     (False, False, True): (8, 4, 2),
     (False, True, False): (4, 2, 1),
     (False, True, True): (4, 2, 1),
-    (True, False, False): (4, 2, 1),
-    (True, False, True): (8, 4, 1),
-    (True, True, False): (2, 1, 1),
+    (True, False, False): (8, 4, 1),
+    (True, False, True): (4, 4, 1),
+    (True, True, False): (4, 2, 1),
     (True, True, True): (4, 2, 1),
 }
 
@@ -56,10 +57,10 @@ def _softmax(x, inside, SHAPE: tl.constexpr):
     """Over the channels: ``x - max x``, its exponentials, and their sum. 0 past the last channel."""
     if SHAPE.block_c == SHAPE.channels:
         shifted = x - tl.max(x, 0)[None, :]
-        e = tl.exp(shifted)
+        e = tl.exp2(shifted * _LOG2_E)  # without the care for subnormal results that exp takes
     else:
         shifted = tl.where(inside, x - tl.max(tl.where(inside, x, float("-inf")), 0)[None, :], 0.0)
-        e = tl.where(inside, tl.exp(shifted), 0.0)
+        e = tl.where(inside, tl.exp2(shifted * _LOG2_E), 0.0)
     return shifted, e, tl.sum(e, 0)
 
 
@@ -255,7 +256,9 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
     size = 0 if modalities <= 2 else 1 if modalities <= 4 else 2
     tiles, threads = [], _LEAST_THREADS
     for xs in features:
-        item, last, vector = xs[0].element_size(), launches.channels_last(xs[0]), launches.vector(xs)
+        item, last = xs[0].element_size(), launches.channels_last(xs[0])
+        # Of pixels side by side a thread takes one: with 16 bytes of them it would have few channels of each.
+        vector = launches.vector(xs) if last else 1
         scattered = last and vector < 4  # many short loads, an address each
         elements = _ELEMENTS[backward, noisy, last and not scattered][size]
         if scattered or item == 8:
@@ -263,11 +266,12 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
         block_c = launches.power_of_two(max(4 if noisy else 1, xs[0].shape[1]))
         needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements
         threads = min(launches.MOST_THREADS, max(threads, needed))
-        tiles.append((xs[0], last, vector, elements, block_c))
+        tiles.append((xs, last, vector, elements, block_c))
     shapes = []
-    for x, last, vector, elements, block_c in tiles:
-        block_p = max(1, min(launches.power_of_two(x.shape[2]), threads * elements // block_c))
-        shapes.append(Shape(x.shape[1], last, vector, x.dtype == torch.float64, block_c, block_p))
+    for xs, last, vector, elements, block_c in tiles:
+        channels, pixels, wide = xs[0].shape[1], xs[0].shape[2], xs[0].dtype == torch.float64
+        block_p = max(1, min(launches.power_of_two(pixels), threads * elements // block_c))
+        shapes.append(Shape(channels, last, vector, launches.far(xs), wide, block_c, block_p))
     return tuple(shapes), threads
 
 

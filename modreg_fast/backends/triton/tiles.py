@@ -11,8 +11,11 @@ import triton.language as tl
 @triton.jit
 def locate(program, pixels, SHAPE: tl.constexpr):
     """The sample and the pixels of a tile, from the number of its program among those of its shape."""
+    VECTOR: tl.constexpr = SHAPE.vector
     tiles = tl.cdiv(pixels, SHAPE.block_p)
-    return (program // tiles).to(tl.int64), program % tiles * SHAPE.block_p + tl.arange(0, SHAPE.block_p)
+    p = program % tiles * SHAPE.block_p + tl.arange(0, SHAPE.block_p)
+    # The compiler gives a thread as many neighbours as it may assume to be contiguous.
+    return (program // tiles).to(tl.int64), tl.max_contiguous(p, VECTOR)
 
 
 @triton.jit
@@ -37,11 +40,11 @@ def counting_pixels(mask, sample, p, within, pixels):
 def pointers(tensor, strides, sample, c, p, SHAPE: tl.constexpr):
     """Of the elements of a tile. The strides come in units of ``SHAPE.vector``: so the compiler sees what divides the offsets."""
     first = tensor + sample * strides[0] * SHAPE.vector
-    row = tl.cast(strides[1], tl.int64) * SHAPE.vector
+    row = tl.cast(strides[1], tl.int64 if SHAPE.far else tl.int32) * SHAPE.vector
     if SHAPE.channels_last:
-        return first + c[:, None] + p[None, :] * row
+        return first + (c[:, None] + p[None, :] * row)
     else:
-        return first + c[:, None] * row + p[None, :]
+        return first + (c[:, None] * row + p[None, :])
 
 
 @triton.jit
