@@ -40,15 +40,11 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 # For each of them a thread holds all features, q, and p, d and log p of one draw, in the backward pass gradients instead of features
 # and the pull on q. The more channels of a pixel a thread has, the less goes between threads in sums over channels.
 _ELEMENTS = {
-    # (backward, noise, channels side by side)
-    (False, False, False): (8, 4, 2),
-    (False, False, True): (8, 4, 2),
-    (False, True, False): (4, 2, 1),
-    (False, True, True): (4, 2, 1),
-    (True, False, False): (8, 4, 1),
-    (True, False, True): (4, 4, 1),
-    (True, True, False): (4, 2, 1),
-    (True, True, True): (4, 2, 1),
+    # (backward, noise)
+    (False, False): (8, 4, 2),
+    (False, True): (4, 2, 1),
+    (True, False): (8, 4, 1),
+    (True, True): (4, 2, 1),
 }
 
 
@@ -86,9 +82,9 @@ def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.cons
         x = read(features[m], strides[m], sample, c, p, (c < SHAPE.channels)[:, None] & within[None, :] & has, SHAPE)
         if mask is not None:
             x = tl.where(counts[None, :], x, 0.0)
-        xs = xs + (x,)
+        xs = xs + (x,)  # type: ignore[assignment]
         number_held += has.to(number_held.dtype)
-    total = xs[0]
+    total = xs[0]  # type: ignore[misc]
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
     share = 1.0 / tl.maximum(number_held, 1.0)
@@ -232,7 +228,7 @@ def _backward_kernel(
                     own += a * p_draw * (d - tl.sum(p_draw * d, 0)[None, :]) - b * d
                     if not DETACH:
                         pull += b * log_p - a * d
-                owns = owns + (own,)
+                owns = owns + (own,)  # type: ignore[assignment]
             shared = q * (pull - tl.sum(q * pull, 0)[None, :]) * share
             inside = (c < SHAPE.channels)[:, None] & inside_rows(p, pixels[s], SHAPE)[None, :]
             for m in tl.static_range(MODALITIES):
@@ -260,7 +256,7 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
         # Of pixels side by side a thread takes one: with 16 bytes of them it would have few channels of each.
         vector = launches.vector(xs) if last else 1
         scattered = last and vector < 4  # many short loads, an address each
-        elements = _ELEMENTS[backward, noisy, last and not scattered][size]
+        elements = _ELEMENTS[backward, noisy][size]
         if scattered or item == 8:
             elements = max(1, elements // 2)
         block_c = launches.power_of_two(max(4 if noisy else 1, xs[0].shape[1]))
