@@ -48,10 +48,9 @@ def name(dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = 
 
 
 def resource_table() -> None:
-    print(
-        "| op | channels | dtype | side by side | pass | tile | threads | registers, spilled bytes, shared KiB, occupancy: sm_80 |"
-    )
-    print("| --- " * 7 + "| sm_90 | sm_100 |")
+    """Per architecture: registers a thread, bytes spilled a thread, KiB of shared memory a program, share of the threads that fit."""
+    print("| op | channels | dtype | side by side | pass | tile | threads | sm_80 | sm_90 | sm_100 |")
+    print("| --- " * 10 + "|")
     for channels, (backward, noisy), channels_last, dtype in itertools.product(
         (64, 1024), itertools.product((False, True), repeat=2), (False, True), (torch.float32, torch.bfloat16)
     ):
