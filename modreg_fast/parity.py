@@ -116,9 +116,13 @@ def check(problem: Problem, backend: str, device: torch.device) -> Result:
     def run(inputs: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
         inputs = [x.detach().requires_grad_() for x in inputs]
         results = outputs(inputs, name)
-        # So large that gradients of single elements are about 1: smaller ones would be subnormal in float16.
-        size = float(tensors[0][0].numel())
-        upstream = [torch.linspace(size, 2 * size, x.numel(), dtype=x.dtype, device=device).view(x.shape) for x in results]
+        # So large that gradients of single elements are about 1: float16 holds neither much smaller nor much larger ones.
+        size = tensors[0][0].numel()
+        scales = [size] if problem.op == "softmax_fisher" else [size / channels, size**0.5]
+        upstream = [
+            scale * torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=device).view(x.shape)
+            for scale, x in zip(scales, results, strict=True)
+        ]
         return [x.detach() for x in results], list(torch.autograd.grad(results, inputs, upstream))
 
     truth, true_gradients = run([x.double() for x in tensors], "reference")
