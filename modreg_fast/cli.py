@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import modreg_fast
-from modreg_fast import bench
+from modreg_fast import bench, parity
 from modreg_fast.audit import command as audit
 
 EXAMPLES = {
@@ -19,6 +19,7 @@ EXAMPLES = {
   modreg-fast demo                       train on a real scene, print a table, save pictures
   modreg-fast audit --help               who does my model listen to?
   modreg-fast bench --quick              how fast it is here
+  modreg-fast parity                     how exact it is here
   modreg-fast demo --help                what can be set""",
     "info": """examples:
   modreg-fast info
@@ -48,6 +49,10 @@ examples:
   modreg-fast bench --output runs/today  the default set, under five minutes on two cores
   modreg-fast bench --only square        everything of one shape
   modreg-fast bench --quick --compare runs/today/results.json""",
+    "parity": """examples:
+  modreg-fast parity                     of the backend that is taken by itself
+  modreg-fast parity --backend triton    without a GPU in Triton's interpreter
+  modreg-fast parity --json > parity.json""",
 }
 
 
@@ -114,6 +119,17 @@ the share of the copy's bandwidth, peak memory and errors.""",
     )
     bench.add_arguments(measure)
     measure.set_defaults(run=bench.main)
+
+    compare = commands.add_parser(
+        "parity",
+        help="errors of a backend against float64",
+        description="""Computes both ops and their gradients on a backend and in float64, for every dtype and kind of shape, and prints the
+relative errors and what is allowed. Exit code 1 where one is larger.""",
+        epilog=EXAMPLES["parity"],
+        formatter_class=form,
+    )
+    parity.add_arguments(compare)
+    compare.set_defaults(run=parity.main)
     return parser
 
 

@@ -64,7 +64,7 @@ def softmax_fisher_information(
         detach_reference: no gradient through ``q``.
         channel_dim: dimension of the channels in every feature: 1, or -1 for tokens ``(B, N, C)``.
         eps: added to ``f``.
-        backend: ``"reference"``, ``"cpu"``; default: the best for the tensors (see :func:`modreg_fast.use_backend`).
+        backend: ``"reference"``, ``"cpu"``, ``"triton"``; default: the best for the tensors (see :func:`modreg_fast.use_backend`).
 
     Returns:
         ``(M, S, B)``, the mean of :math:`I_m \ge 0` over valid pixels and draws; float64 if any input is, else float32. 0, with zero

@@ -1,5 +1,6 @@
-"""One fixture for all numeric tests: every backend that is usable here."""
+"""One fixture for all numeric tests: every backend that is usable here; under Triton's interpreter that one alone."""
 
+import os
 import warnings
 
 import pytest
@@ -10,7 +11,15 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "modreg_fast computes in plain PyTorch", RuntimeWarning)
     import modreg_fast as mrf
 
-BACKENDS = [name for name, status in mrf.backends().items() if status.available]
+# Triton's interpreter has to be on before Triton is imported, for the whole process, so test_triton.py starts one for these tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else [name for name, status in mrf.backends().items() if status.available]
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.mend()
+collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,366 @@
+"""``gradient_statistics`` in Triton. Signatures and definitions: ``backends/reference/gradient_statistics.py``. Per pixel::
+
+    fisher_map = sum_c g^2 / (f + eps)        attribution_map = sqrt( sum_c (g e)^2 )
+
+Memory: the forward kernel reads g, e and f once and writes one number per tile and statistic, and the maps; the backward kernel reads
+them once and writes each gradient once. With gradients of the attribution maps it reads g and e a second time, just read before and
+so from the cache. A second, small kernel adds up the tiles in order; with masks, one before the backward pass counts their pixels.
+
+Work: a program goes over the channels of a tile of pixels of one tensor in steps of ``block_c``. Channels meet only in sums, which
+every element of the tile keeps for itself up to the end. Sizes: ``_shape``."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modreg_fast.backends.cpu.layout import empty_in_layout, layout_of
+from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
+from modreg_fast.backends.triton import launches
+from modreg_fast.backends.triton.launches import Launch, Shape
+from modreg_fast.backends.triton.tiles import (
+    counting_pixels,
+    inside_rows,
+    locate,
+    narrowed,
+    number,
+    ordered_sum,
+    programs_of,
+    read,
+    widened,
+    write,
+)
+
+_THREADS = 256
+_LEAST_ELEMENTS = 4  # of a step, per thread
+_ROW = 256
+
+
+@triton.jit
+def _sums(grads, features, strides, k: tl.constexpr, sample, p, within, SHAPE: tl.constexpr):
+    """Per pixel ``sum_c g^2`` and ``sum_c (g e)^2`` (0 without e)."""
+    dtype: tl.constexpr = tl.float64 if SHAPE.wide else tl.float32
+    squares = tl.full((SHAPE.block_c, SHAPE.block_p), 0.0, dtype)
+    products = squares
+    for first in range(0, SHAPE.channels, SHAPE.block_c):
+        c = first + tl.arange(0, SHAPE.block_c)
+        inside = (c < SHAPE.channels)[:, None] & within[None, :]
+        gradient = read(grads[k], strides[k][0], sample, c, p, inside, SHAPE)
+        squares += gradient * gradient
+        if len(features) > 0:
+            product = gradient * read(features[k], strides[k][1], sample, c, p, inside, SHAPE)
+            products += product * product
+    return tl.sum(squares, 0), tl.sum(products, 0)
+
+
+@triton.jit(do_not_specialize=["strides", "pixels", "batch"])
+def _forward_kernel(
+    grads,
+    features,
+    values,
+    masks,
+    strides,
+    eps,
+    pixels,
+    batch,
+    fisher_maps,
+    attribution_maps,
+    partial_fisher,
+    partial_attribution,
+    partial_counts,
+    SHAPES: tl.constexpr,
+):
+    """Per tile the sums of ``fisher_map``, of the square of ``attribution_map`` and of the pixels that count; the maps, if any."""
+    program = tl.program_id(0)
+    for k in tl.static_range(len(SHAPES)):
+        programs = tl.cdiv(pixels[k], SHAPES[k].block_p) * batch
+        if (program >= 0) & (program < programs):
+            SHAPE: tl.constexpr = SHAPES[k]
+            sample, p = locate(program, pixels[k], SHAPE)
+            within = inside_rows(p, pixels[k], SHAPE)
+            counts = counting_pixels(None if len(masks) == 0 else masks[k], sample, p, within, pixels[k])
+            squares, products = _sums(grads, features, strides, k, sample, p, within, SHAPE)
+            at = sample * pixels[k] + p
+            if len(values) > 0:
+                f = widened(tl.load(values[k] + at, mask=within, other=1.0), SHAPE) + number(eps, SHAPE)
+                fisher = tl.where(counts, squares / f, 0.0)
+                tl.store(partial_fisher + tl.program_id(0), tl.sum(fisher, 0))
+                if len(fisher_maps) > 0:
+                    tl.store(fisher_maps[k] + at, fisher, mask=within)
+            if len(features) > 0:
+                products = tl.where(counts, products, 0.0)
+                tl.store(partial_attribution + tl.program_id(0), tl.sum(products, 0))
+                if len(attribution_maps) > 0:
+                    tl.store(attribution_maps[k] + at, tl.sqrt(products), mask=within)
+            if len(masks) > 0:
+                tl.store(partial_counts + tl.program_id(0), tl.sum(counts.to(tl.int32), 0))
+        program -= programs
+
+
+@triton.jit(do_not_specialize=["pixels", "batch"])
+def _reduce_kernel(
+    partial_fisher,
+    partial_attribution,
+    partial_counts,
+    pixels,
+    batch,
+    fisher,
+    attribution,
+    SHAPES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``fisher (K, B)`` and ``attribution (K, B)`` from the sums of the tiles; one program per tensor and sample."""
+    start, tiles, count = programs_of(tl.program_id(0), pixels, batch, SHAPES)
+    if partial_fisher is not None:
+        if partial_counts is not None:
+            count = ordered_sum(partial_counts + start, tiles, BLOCK).to(tl.int64)
+        total = ordered_sum(partial_fisher + start, tiles, BLOCK)
+        tl.store(fisher + tl.program_id(0), total / tl.maximum(count, 1).to(total.dtype))
+    if partial_attribution is not None:
+        tl.store(attribution + tl.program_id(0), tl.sqrt(ordered_sum(partial_attribution + start, tiles, BLOCK)))
+
+
+@triton.jit(do_not_specialize=["pixels", "batch"])
+def _count_kernel(masks, pixels, batch, counts, SHAPES: tl.constexpr, BLOCK: tl.constexpr):
+    """``counts (K, B)``, the pixels that count; one program per tensor and sample."""
+    for k in tl.static_range(len(SHAPES)):
+        if tl.program_id(0) // batch == k:
+            mask = masks[k] + (tl.program_id(0) % batch).to(tl.int64) * pixels[k]
+            i = tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, pixels[k], BLOCK):
+                total += (tl.load(mask + start + i, mask=start + i < pixels[k], other=0) != 0).to(tl.int32)
+            tl.store(counts + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _half_over(upstream, root):
+    """``upstream / (2 root)``, the derivative by what is under the root; 0 where the root is 0."""
+    zero = root == 0
+    return tl.where(zero, 0.0, upstream / tl.where(zero, 1.0, 2.0 * root))
+
+
+@triton.jit(do_not_specialize=["strides", "pixels", "batch", "output_strides"])
+def _backward_kernel(
+    grads,
+    features,
+    values,
+    masks,
+    strides,
+    eps,
+    pixels,
+    batch,
+    grad_fisher,
+    grad_attribution,
+    grad_fisher_maps,
+    grad_attribution_maps,
+    attribution,
+    counts,
+    to_grads,
+    to_features,
+    to_values,
+    output_strides,
+    SHAPES: tl.constexpr,
+):
+    """With ``u`` the upstream weight of ``fisher_map`` and ``v`` that of ``sum_c (g e)^2``, per pixel::
+
+    dg = 2 u / (f + eps) g + 2 v g e^2        de = 2 v g^2 e        df = -u sum_c g^2 / (f + eps)^2"""
+    program = tl.program_id(0)
+    for k in tl.static_range(len(SHAPES)):
+        programs = tl.cdiv(pixels[k], SHAPES[k].block_p) * batch
+        if (program >= 0) & (program < programs):
+            SHAPE: tl.constexpr = SHAPES[k]
+            dtype: tl.constexpr = tl.float64 if SHAPE.wide else tl.float32
+            sample, p = locate(program, pixels[k], SHAPE)
+            within = inside_rows(p, pixels[k], SHAPE)
+            counting = counting_pixels(None if len(masks) == 0 else masks[k], sample, p, within, pixels[k])
+            at = sample * pixels[k] + p
+            result = k * batch + sample
+
+            u = tl.full((SHAPE.block_p,), 0.0, dtype)
+            v = u
+            f = u + 1.0
+            if len(values) > 0:
+                count = pixels[k] if len(masks) == 0 else tl.maximum(tl.load(counts + result), 1)
+                u += tl.load(grad_fisher + result).to(dtype) / tl.cast(count, dtype)
+                if len(grad_fisher_maps) > 0:
+                    u += tl.load(grad_fisher_maps[k] + at, mask=within, other=0.0).to(dtype)
+                f = widened(tl.load(values[k] + at, mask=within, other=1.0), SHAPE) + number(eps, SHAPE)
+            if len(features) > 0:
+                v += _half_over(tl.load(grad_attribution + result).to(dtype), tl.load(attribution + result).to(dtype))
+                if len(grad_attribution_maps) > 0:
+                    sums = _sums(grads, features, strides, k, sample, p, within, SHAPE)
+                    v += _half_over(tl.load(grad_attribution_maps[k] + at, mask=within, other=0.0).to(dtype), tl.sqrt(sums[1]))
+            u_f = (2.0 * u / f)[None, :]
+
+            squares = tl.full((SHAPE.block_c, SHAPE.block_p), 0.0, dtype)
+            for first in range(0, SHAPE.channels, SHAPE.block_c):
+                c = first + tl.arange(0, SHAPE.block_c)
+                inside = (c < SHAPE.channels)[:, None] & within[None, :]
+                g = read(grads[k], strides[k][0], sample, c, p, inside, SHAPE)
+                to_g = u_f * g
+                squares += g * g
+                if len(features) > 0:
+                    e = read(features[k], strides[k][1], sample, c, p, inside, SHAPE)
+                    v_g_e = 2.0 * v[None, :] * g * e
+                    to_g += v_g_e * e
+                    to_e = tl.where(counting[None, :], v_g_e * g, 0.0)
+                    write(to_e, to_features[k], output_strides[k], sample, c, p, inside, SHAPE)
+                write(tl.where(counting[None, :], to_g, 0.0), to_grads[k], output_strides[k], sample, c, p, inside, SHAPE)
+            if len(values) > 0:
+                to_f = tl.where(counting, -u * tl.sum(squares, 0) / (f * f), 0.0)
+                tl.store(to_values[k] + at, narrowed(to_f, to_values[k]), mask=within)
+        program -= programs
+
+
+def _shape(tensors: list[Tensor], dtype: torch.dtype) -> Shape:
+    """The step of tensors of one shape and layout: 256 pixels or channels side by side if there are, the rest in the other direction;
+    16 bytes a thread where loads can be that wide."""
+    channels, pixels, last = tensors[0].shape[1], tensors[0].shape[2], launches.channels_last(tensors[0])
+    vector = launches.vector(tensors)
+    elements = _THREADS * max(_LEAST_ELEMENTS, vector)
+    if last:
+        block_c = min(launches.power_of_two(channels), _ROW)
+        block_p = min(launches.power_of_two(pixels), elements // block_c)
+    else:
+        block_c = min(launches.power_of_two(channels), elements // _ROW)
+        block_p = min(launches.power_of_two(pixels), elements // block_c)
+    return Shape(channels, last, vector, launches.far(tensors), dtype == torch.float64, block_c, block_p)
+
+
+def _prepared(
+    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float
+) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
+    """Gradient and feature of every tensor as the kernels read them, the shapes, and the arguments that the large kernels share."""
+    launches.check_pixels(grads, "gradient_statistics")
+    pairs = [launches.in_one_layout([g, *features[k : k + 1]]) for k, g in enumerate(grads)]
+    shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]])) for k, pair in enumerate(pairs)]
+    arguments = (
+        tuple(pair[0] for pair in pairs),
+        tuple(pair[1] for pair in pairs if len(pair) > 1),
+        tuple(f.contiguous() for f in values),
+        tuple(m.contiguous() for m in masks),
+        tuple(launches.strides(pair, shape) for pair, shape in zip(pairs, shapes, strict=True)),
+        launches.two_floats(eps),
+        tuple(g.shape[2] for g in grads),
+        grads[0].shape[0],
+    )
+    return pairs, tuple(shapes), arguments
+
+
+def forward_launches(
+    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, maps: bool
+) -> tuple[tuple[Tensor, Tensor, list[Tensor], list[Tensor]], list[Launch]]:
+    """The results of ``forward``, and the launches that fill them."""
+    dtype, batch = accumulation_dtype([*grads, *features, *values]), grads[0].shape[0]
+    _, shapes, shared = _prepared(grads, features, values, masks, eps)
+    pixels = shared[6]
+    programs = sum(shape.programs(g) for shape, g in zip(shapes, grads, strict=True))
+
+    def empty(inputs: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The statistic that takes these inputs, its maps, and the sums of the tiles."""
+        statistic = grads[0].new_empty((len(inputs), batch), dtype=dtype)
+        some_maps = [statistic.new_empty((batch, size)) for size in pixels] if maps and inputs else []
+        return statistic, some_maps, statistic.new_empty(programs) if inputs else None
+
+    fisher, fisher_maps, partial_fisher = empty(values)
+    attribution, attribution_maps, partial_attribution = empty(features)
+    partial_counts = fisher.new_empty(programs, dtype=torch.int32) if masks else None
+    partial = (partial_fisher, partial_attribution, partial_counts)
+    main = Launch(
+        _forward_kernel,
+        grads[0].device,
+        programs,
+        _THREADS,
+        (*shared, tuple(fisher_maps), tuple(attribution_maps), *partial),
+        {"SHAPES": shapes},
+    )
+    reduction = Launch(
+        _reduce_kernel,
+        main.device,
+        len(grads) * batch,
+        _THREADS,
+        (*partial, pixels, batch, fisher, attribution),
+        {"SHAPES": shapes, "BLOCK": 1024},
+    )
+    return (fisher, attribution, fisher_maps, attribution_maps), [main, reduction]
+
+
+def backward_launches(
+    grad_fisher: Tensor,
+    grad_attribution: Tensor,
+    grad_fisher_maps: list[Tensor],
+    grad_attribution_maps: list[Tensor],
+    attribution: Tensor,
+    grads: list[Tensor],
+    features: list[Tensor],
+    values: list[Tensor],
+    masks: list[Tensor],
+    eps: float,
+) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor]], list[Launch]]:
+    """The results of ``backward``, and the launches that fill them."""
+    pairs, shapes, shared = _prepared(grads, features, values, masks, eps)
+    outputs = [[empty_in_layout(x, layout_of(x)) for x in pair] for pair in pairs]
+    to_grads, to_features = [pair[0] for pair in outputs], [pair[1] for pair in outputs if len(pair) > 1]
+    to_values = [f.new_empty(f.shape) for f in values]
+    output_strides = tuple(launches.strides(pair[:1], shape)[0] for pair, shape in zip(outputs, shapes, strict=True))
+    batch, pixels = shared[7], shared[6]
+    counts = grad_fisher.new_empty((len(grads), batch), dtype=torch.int32) if masks and values else None
+    main = Launch(
+        _backward_kernel,
+        grads[0].device,
+        sum(shape.programs(g) for shape, g in zip(shapes, grads, strict=True)),
+        _THREADS,
+        (
+            *shared,
+            grad_fisher.contiguous(),
+            grad_attribution.contiguous(),
+            tuple(x.contiguous() for x in grad_fisher_maps),
+            tuple(x.contiguous() for x in grad_attribution_maps),
+            attribution.contiguous(),
+            counts,
+            tuple(to_grads),
+            tuple(to_features),
+            tuple(to_values),
+            output_strides,
+        ),
+        {"SHAPES": shapes},
+    )
+    results = to_grads, to_features, to_values
+    if counts is None:
+        return results, [main]
+    constants = {"SHAPES": shapes, "BLOCK": 4096}
+    return results, [
+        Launch(_count_kernel, main.device, counts.numel(), _THREADS, (shared[3], pixels, batch, counts), constants),
+        main,
+    ]
+
+
+def forward(
+    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, maps: bool
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    results, launches = forward_launches(grads, features, values, masks, eps, maps)
+    for launch in launches:
+        launch.run()
+    return results
+
+
+def backward(
+    grad_fisher: Tensor,
+    grad_attribution: Tensor,
+    grad_fisher_maps: list[Tensor],
+    grad_attribution_maps: list[Tensor],
+    attribution: Tensor,
+    grads: list[Tensor],
+    features: list[Tensor],
+    values: list[Tensor],
+    masks: list[Tensor],
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    upstream = (grad_fisher, grad_attribution, grad_fisher_maps, grad_attribution_maps, attribution)
+    results, launches = backward_launches(*upstream, grads, features, values, masks, eps)
+    for launch in launches:
+        launch.run()
+    return results

@@ -1,0 +1,54 @@
+"""The noise of ``docs/math.md`` inside a kernel: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller, nothing stored."""
+
+import triton
+import triton.language as tl
+
+_TURN = tl.constexpr(2.0**-32 * 6.283185307179586)
+
+
+@triton.jit
+def philox_words(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
+    """Words 0 to 3 of the counter blocks of a tile: a row per four channels, which get one word each."""
+    quad = tl.arange(0, SHAPE.block_c // 4)
+    blocks: tl.constexpr = (SHAPE.channels + 3) // 4
+    g = (sample * blocks + quad[:, None]) * pixels + p[None, :]
+    high = (g >> 32).to(tl.uint32)
+    zero = high ^ high
+    return tl.philox(seed, g.to(tl.uint32), high, zero + tensor, zero + draw)
+
+
+@triton.jit
+def _sine_cosine(word, SHAPE: tl.constexpr):
+    """Of ``2 pi word / 2^32``. In float32 by polynomials on the nearest quarter turn (errors below 1 ULP; the library functions keep an
+    array in memory for large arguments)."""
+    if SHAPE.wide:
+        angle = word.to(tl.float64) * _TURN
+        return tl.sin(angle), tl.cos(angle)
+    else:
+        quarter = (word + 0x20000000) >> 30
+        x = (word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _TURN  # in [-pi / 4, pi / 4]
+        z = x * x
+        a = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+        b = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+        odd = (quarter & 1) != 0
+        sine, cosine = tl.where(odd, b, a), tl.where(odd, a, b)
+        return tl.where((quarter & 2) != 0, -sine, sine), tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
+def _box_muller(a, b, SHAPE: tl.constexpr):
+    """Two standard normals from two words: ``sqrt(-2 log u) (cos 2 pi v, sin 2 pi v)``, u in (0, 1], v in [0, 1]."""
+    u = a.to(tl.float64 if SHAPE.wide else tl.float32) * 2.0**-32 + 2.0**-33
+    radius = tl.sqrt(-2.0 * tl.log(u))
+    sine, cosine = _sine_cosine(b, SHAPE)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
+    """The noise of a tile of all channels (a multiple of 4 of them, past the last one unused) and pixels ``p``."""
+    w0, w1, w2, w3 = philox_words(tl.load(seed), sample, p, pixels, tensor, draw, SHAPE)
+    n0, n1 = _box_muller(w0, w1, SHAPE)
+    n2, n3 = _box_muller(w2, w3, SHAPE)
+    quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # (quad, pixel, c // 2 % 2, c % 2)
+    return quads.permute(0, 2, 3, 1).reshape(SHAPE.block_c, SHAPE.block_p)

@@ -1,0 +1,80 @@
+"""What a compiled CUDA kernel is made of: registers, spills and shared memory, and the instructions by kind, from its cubin.
+
+Needs ``cuobjdump`` and ``nvdisasm``: from PATH, or from Triton's wheel, which carries them."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_MULTIPROCESSOR = {80: (2048, 164), 90: (2048, 228), 100: (2048, 228)}  # by architecture: threads, KiB of shared memory
+_REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int  # per thread
+    stack: int  # bytes per thread: spilled registers, and arrays in memory
+    shared: int  # bytes per block, declared in the code
+
+    def occupancy(self, architecture: int, threads: int, dynamic_shared: int = 0) -> float:
+        """Share of a multiprocessor's threads that are resident with blocks of so many threads (at most 32 blocks fit)."""
+        room, shared = _MULTIPROCESSOR[architecture]
+        by_registers = _REGISTERS // (-(-self.registers // 8) * 8 * threads)
+        by_shared = shared * 1024 // (self.shared + dynamic_shared + 1024)  # the driver keeps 1 KiB per block
+        return min(by_registers, by_shared, room // threads, 32) * threads / room
+
+
+# Kinds by the pipe that executes them; see the table "Arithmetic Instructions" of the CUDA C++ Programming Guide.
+_KINDS = {
+    "fp32": "FADD FMUL FFMA FMNMX FMNMX3 FSEL FSET FSETP FCHK FADD32I FMUL32I FFMA32I",
+    "integer": "IADD IADD3 IADD32I IMAD IMNMX VIMNMX VIADD VIADDMNMX LEA LOP LOP3 SHF SHL SHR ISETP SEL PRMT BMSK SGXT MOV MOV32I CS2R "
+    "IABS POPC FLO PLOP3 P2R R2P",
+    "mufu": "MUFU",
+    "conversion": "F2F F2FP I2F I2FP F2I F2IP I2I FRND HADD2 HFMA2 HMUL2 HADD2_32",
+    "exchange": "SHFL BAR LDS STS LDSM STSM REDUX WARPSYNC",
+    "memory": "LDG STG LDC LDCU ULDC LDL STL",
+}
+_KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z0-9_]+)((?:\.\w+)*)", re.MULTILINE)
+
+
+def resources(cubin: bytes) -> Resources:
+    """Of the kernel in a cubin that holds one."""
+    text = _tool("cuobjdump", "-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump names no resources: {text[:200]}")
+    registers, stack, shared, local = map(int, found.groups())
+    return Resources(registers, stack + local, shared)
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """Instructions in the code of a cubin, by kind, each counted once wherever it stands: in straight code what a thread executes.
+    ``other`` holds branches, synchronisation and what has no kind; instructions of the uniform data path are ``uniform``."""
+    counts = dict.fromkeys([*_KINDS, "uniform", "other"], 0)
+    for name, _ in _LINE.findall(_tool("nvdisasm", "-c", cubin)):
+        if name == "NOP":
+            continue
+        kind = _KIND.get(name)
+        if kind is None:
+            kind = "uniform" if name.startswith(("U", "R2UR", "S2UR")) else "other"
+        counts[kind] += 1
+    return counts
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    path = shutil.which(name)
+    if path is None:
+        triton = importlib.util.find_spec("triton")
+        carried = Path(triton.origin).parent / "backends/nvidia/bin" / name if triton and triton.origin else None
+        if carried is None or not carried.exists():
+            raise FileNotFoundError(f"{name}: neither on PATH nor in an installed Triton")
+        path = str(carried)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
