@@ -11,8 +11,9 @@
 // of the attribution map needs `square` first, the tile is read a second time from L2).
 //
 // Work: a unit is a tile of pixels of one sample of one tensor. It is read in contiguous lines, a channel of the tile or (channels
-// last) a pixel, with one accumulator per pixel in L1: long sequential reads that the hardware prefetches. Each unit's sums have a
-// place of their own, so any number of threads gives the same bits.
+// last) a pixel, with one accumulator per pixel in L1. The line after it is prefetched meanwhile, because the hardware prefetches no further
+// than to the end of a page (past the last line the prefetch is of no use, and of no harm). Each unit's sums have a place of their own,
+// so any number of threads gives the same bits.
 #include "rows.h"
 
 namespace mrf {
@@ -75,9 +76,11 @@ void sums_over_channels(const Lines<PixelLines>& lines, const Storage* g, int64_
   for (int64_t line = 0; line < lines.count; ++line, g += g_stride, e += HasFeature ? e_stride : 0) {
     V<T> norm_of_line = {}, square_of_line = {};
     for (int64_t i = 0; i < lines.length; i += n) {
+      prefetch(g + g_stride + i);
       const V<T> gradient = load_some<T>(g + i, lines.length - i), g2 = gradient * gradient;
       V<T> ge2 = {};
       if constexpr (HasFeature) {
+        prefetch(e + e_stride + i);
         const V<T> ge = gradient * load_some<T>(e + i, lines.length - i);
         ge2 = ge * ge;
       }
@@ -185,6 +188,8 @@ void backward_unit(const GradientStatistics& problem, const Unit& unit, int64_t,
       const int64_t here = lines.length - i;
       const V<T> u = PixelLines ? load<T>(u2 + i) : broadcast(u2[line]), v = PixelLines ? load<T>(v2 + i) : broadcast(v2[line]);
       const I<T> counts = (PixelLines ? load<T>(counted + i) : broadcast(counted[line])) != T(0);
+      prefetch(g + g_stride + i);
+      if (feature) prefetch(e + e_stride + i);
       const V<T> gradient = load_some<T>(g + i, here), g2 = gradient * gradient;
       V<T> to_gradient = u * gradient;
       if (feature) {
