@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
 from modreg_fast.distributed import sum_over_ranks
+from modreg_fast.double_backward import gradients
 from modreg_fast.functional import (
     average_pooled,
     batch_totals,
@@ -209,10 +210,10 @@ class FunctionalEntropyLoss(nn.Module):
         if granularity == "sample":
             masks = None if mask is None else [_count(mask) > 0] * len(tensors)
             mean = masked.reshape(len(values), -1).sum(1) / (values[0].numel() if mask is None else _count(mask).clamp(min=1))
-            grads = [g.reshape(len(g), -1) for g in _gradients(mean.sum(), tensors, name)]
+            grads = [g.reshape(len(g), -1) for g in gradients(mean.sum(), tensors, name)]
             f, channel_dim = [mean] * len(grads), 1
         else:
-            grads, channel_dim = _gradients(masked.sum(), tensors, name), self.channel_dim
+            grads, channel_dim = gradients(masked.sum(), tensors, name), self.channel_dim
             sizes = [_spatial_size(g, values, channel_dim, name) for g in grads]
             masks = None if mask is None else [resize_mask(mask, size) if size else _count(mask) > 0 for size in sizes]
             f = [_pooled(masked, mask, size) for size in sizes]
@@ -334,7 +335,7 @@ class AttributionLoss(nn.Module):
         ]
         score = _selected_score(scores, index, mask, name)
         attribution = gradient_statistics(
-            _gradients(score, flat, name),
+            gradients(score, flat, name),
             features=flat,
             mask=None if mask is None else [self._feature_mask(mask, x) for x in flat],
             channel_dim=self.channel_dim,
@@ -397,15 +398,6 @@ def _differentiable(x: object, function: str, argument: str, batch: int) -> Tens
             function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
         )
     return x
-
-
-@torch.compiler.disable(reason="modreg_fast differentiates with create_graph=True, which torch.compile cannot trace")
-def _gradients(score: Tensor, inputs: list[Tensor], name: str) -> list[Tensor]:
-    """Gradients of a scalar that can be differentiated again."""
-    if not score.requires_grad:
-        validate.fail(name, "the score", "computed from the given tensors with gradients enabled", "one without a graph")
-    grads = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
 def _selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str) -> Tensor:
