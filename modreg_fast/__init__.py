@@ -1,6 +1,7 @@
 """Fast, exact regularizers that keep multimodal networks from leaning on one modality."""
 
 from modreg_fast import functional
+from modreg_fast.adaptive import AdaptiveWeight, QualityTarget
 from modreg_fast.audit import Audit, audit
 from modreg_fast.backends import BackendStatus, backends, use_backend
 from modreg_fast.capture import capture
@@ -10,6 +11,7 @@ from modreg_fast.missing import MissingModalities, evaluate_missing
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveWeight",
     "AttributionDetails",
     "AttributionLoss",
     "Audit",
@@ -17,6 +19,7 @@ __all__ = [
     "FunctionalEntropyLoss",
     "InformationDetails",
     "MissingModalities",
+    "QualityTarget",
     "__version__",
     "audit",
     "backends",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
 from modreg_fast.distributed import sum_over_ranks
+from modreg_fast.double_backward import gradients
 from modreg_fast.functional import (
     average_pooled,
     batch_totals,
@@ -209,10 +210,10 @@ class FunctionalEntropyLoss(nn.Module):
         if granularity == "sample":
             masks = None if mask is None else [_count(mask) > 0] * len(tensors)
             mean = masked.reshape(len(values), -1).sum(1) / (values[0].numel() if mask is None else _count(mask).clamp(min=1))
-            grads = [g.reshape(len(g), -1) for g in _gradients(mean.sum(), tensors, name)]
+            grads = [g.reshape(len(g), -1) for g in gradients(mean.sum(), tensors, name)]
             f, channel_dim = [mean] * len(grads), 1
         else:
-            grads, channel_dim = _gradients(masked.sum(), tensors, name), self.channel_dim
+            grads, channel_dim = gradients(masked.sum(), tensors, name), self.channel_dim
             sizes = [_spatial_size(g, values, channel_dim, name) for g in grads]
             masks = None if mask is None else [resize_mask(mask, size) if size else _count(mask) > 0 for size in sizes]
             f = [_pooled(masked, mask, size) for size in sizes]
@@ -281,14 +282,7 @@ class AttributionLoss(nn.Module):
         name = type(self).__name__
         if norm not in ("l1", "l2"):
             validate.fail(name, "norm", "'l1' or 'l2'", repr(norm))
-        if target is not None:
-            validate.modalities(target, name, "target", "numbers")
-            weights = {m: validate.number(w, name, f"target[{m!r}]") for m, w in target.items()}
-            total = sum(weights.values())
-            if total <= 0:
-                validate.fail(name, "target", "weights with a positive sum", weights)
-            target = {m: w / total for m, w in weights.items()}
-        self.target = target
+        self.target = None if target is None else _shares(target, name)
         self.norm = norm
         self.channel_dim = channel_dim
         self.process_group = process_group
@@ -305,6 +299,7 @@ class AttributionLoss(nn.Module):
         index: Tensor | None = None,
         mask: Tensor | None = None,
         present: Tensor | None = None,
+        target: Mapping[str, float] | None = None,
         return_details: bool = False,
     ) -> Tensor | tuple[Tensor, AttributionDetails]:
         """The penalty.
@@ -318,11 +313,14 @@ class AttributionLoss(nn.Module):
                 their resolution.
             present: ``(B, M)`` bool in the order of ``features``; absent modalities have no share, the targets of the others are
                 normalised anew, and a sample without any counts nowhere.
+            target: for this call, in place of that of the constructor; such as from :class:`QualityTarget`.
             return_details: return ``(penalty, AttributionDetails)``.
         """
         name = type(self).__name__
         features = validate.modalities(features, name, "features")
-        self._check_names(list(features), name)
+        target = self.target if target is None else _shares(target, name)
+        if target is not None and set(target) != set(features):
+            validate.fail(name, "features", f"the modalities of target, {sorted(target)}", sorted(features))
         validate.tensor(scores, name, "scores")
         if scores.dim() < 2:
             validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
@@ -334,7 +332,7 @@ class AttributionLoss(nn.Module):
         ]
         score = _selected_score(scores, index, mask, name)
         attribution = gradient_statistics(
-            _gradients(score, flat, name),
+            gradients(score, flat, name),
             features=flat,
             mask=None if mask is None else [self._feature_mask(mask, x) for x in flat],
             channel_dim=self.channel_dim,
@@ -343,13 +341,13 @@ class AttributionLoss(nn.Module):
         assert attribution is not None
         # (M, B): scales are pooled by the L2 norm, as pixels are.
         attribution = torch.stack([_l2_pool(rows) for rows in attribution.split([len(row) for row in scales])])
-        return self._penalty(attribution, present, list(features), return_details)
+        shares = [1 / len(features) if target is None else target[m] for m in features]
+        return self._penalty(attribution, shares, present, list(features), return_details)
 
     def _penalty(
-        self, attribution: Tensor, present: Tensor | None, names: list[str], return_details: bool
+        self, attribution: Tensor, shares: list[float], present: Tensor | None, names: list[str], return_details: bool
     ) -> Tensor | tuple[Tensor, AttributionDetails]:
         name = type(self).__name__
-        shares = [1 / len(names) if self.target is None else self.target[m] for m in names]
         target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None].expand_as(attribution)
         if present is not None:
             validate.tensor(present, name, "present", dtypes=(torch.bool,))
@@ -372,15 +370,21 @@ class AttributionLoss(nn.Module):
         means = sums / count
         return penalty, AttributionDetails(*(dict(zip(names, values, strict=True)) for values in means))
 
-    def _check_names(self, names: list[str], function: str) -> None:
-        if self.target is not None and set(self.target) != set(names):
-            validate.fail(function, "features", f"the modalities of target, {sorted(self.target)}", sorted(names))
-
     def _feature_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         spatial = x.movedim(self.channel_dim, 1).shape[2:]
         if len(spatial) != mask.dim() - 1:  # such as pooled embeddings below a dense prediction
             return torch.ones((x.shape[0], *spatial), dtype=torch.bool, device=x.device)
         return resize_mask(mask, spatial)
+
+
+def _shares(target: Mapping[str, float], function: str) -> dict[str, float]:
+    """The targets, normalised to sum to 1."""
+    validate.modalities(target, function, "target", "numbers")
+    weights = {m: validate.number(w, function, f"target[{m!r}]") for m, w in target.items()}
+    total = sum(weights.values())
+    if total <= 0:
+        validate.fail(function, "target", "weights with a positive sum", weights)
+    return {m: w / total for m, w in weights.items()}
 
 
 def _l2_pool(x: Tensor) -> Tensor:
@@ -397,15 +401,6 @@ def _differentiable(x: object, function: str, argument: str, batch: int) -> Tens
             function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
         )
     return x
-
-
-@torch.compiler.disable(reason="modreg_fast differentiates with create_graph=True, which torch.compile cannot trace")
-def _gradients(score: Tensor, inputs: list[Tensor], name: str) -> list[Tensor]:
-    """Gradients of a scalar that can be differentiated again."""
-    if not score.requires_grad:
-        validate.fail(name, "the score", "computed from the given tensors with gradients enabled", "one without a graph")
-    grads = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
 def _selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str) -> Tensor:

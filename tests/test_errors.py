@@ -306,7 +306,7 @@ CASES = {
     "prediction_scalar_sample": (lambda: prediction(leaf(1).sum(), granularity="sample"), V, "prediction_term: values", "got ()"),
     "prediction_batch": (lambda: prediction(leaf(3, 4, 5).square()), V, "prediction_term", "batch", "got"),
     "prediction_rank": (
-        lambda: prediction(leaf(2, 20).square()),
+        lambda: prediction((z := leaf(2, 3, 4, 5)).square().sum((1, 3)), {"rgb": z}),
         V,
         "prediction_term: inputs",
         "1 spatial dimensions like values",
@@ -325,6 +325,13 @@ CASES = {
     "attribution_empty": (lambda: attribution(features={}), V, AL, "features", "at least one modality"),
     "attribution_no_scales": (lambda: attribution(features={"video": []}), V, AL, "features['video'] must be non-empty"),
     "attribution_leaf": (lambda: attribution(features={"video": X}), V, AL, "features['video'][0]", "requires grad", "does not"),
+    "attribution_other_graph": (
+        lambda: attribution(scores=leaf(2, 3, 4, 5)),
+        V,
+        AL,
+        "the given tensors themselves",
+        "depends on none",
+    ),
     "attribution_no_graph": (lambda: attribution(scores=X), V, AL, "with gradients enabled", "without a graph"),
     "attribution_batch": (
         lambda: attribution(features={"video": leaf(2, 3), "audio": leaf(3, 3)}),

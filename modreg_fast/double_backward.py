@@ -1,0 +1,78 @@
+"""Gradients that are differentiated again, and what stands in the way of that."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from modreg_fast import _validate as validate
+
+# A part of what PyTorch says about the obstacle, and the way around it.
+_CURES = {
+    "scaled_dot_product": "run the forward pass under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    "hardsigmoid": "write hardsigmoid(x) as torch.nn.functional.relu6(x + 3) / 6",
+    "torch.compile": "leave this part uncompiled, and compile the encoders",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
+    "": "replace this operation, or pass tensors that come after it in the network",
+}
+
+
+@torch.compiler.disable(reason="modreg_fast differentiates with create_graph=True, which torch.compile cannot trace")
+def gradients(score: Tensor, inputs: Sequence[Tensor], function: str) -> list[Tensor]:
+    """Gradients of a scalar by ``inputs``, zero where it does not depend on one, that can be differentiated again.
+
+    Raises:
+        ValueError: no path from ``inputs`` to ``score``.
+        RuntimeError: an operation on the path that PyTorch cannot differentiate twice. The message names it and the cure. Left alone,
+            most of them would fail in the outer backward pass, far from here.
+    """
+    if not score.requires_grad:
+        validate.fail(function, "the score", "computed from the given tensors with gradients enabled", "one without a graph")
+    try:
+        found = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):  # reentrant checkpointing refuses already here
+            raise _wall(function, str(error).partition(". ")[0]) from error
+        raise
+    if all(g is None for g in found):
+        # As are the features and scores of a model that torch.compile took as a whole.
+        validate.fail(function, "the score", "computed from the given tensors themselves", "one that depends on none of them")
+    obstacle = _obstacle([g for g in found if g is not None], inputs)
+    if obstacle is not None:
+        raise _wall(function, obstacle)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def _wall(function: str, obstacle: str) -> RuntimeError:
+    cure = next(cure for part, cure in _CURES.items() if part in obstacle)
+    return RuntimeError(
+        f"{function} differentiates twice what lies between the given tensors and the score, and PyTorch cannot: {obstacle}. "
+        f"Instead, {cure}"
+    )
+
+
+def _obstacle(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
+    """What PyTorch will say in the outer backward pass, or None.
+
+    The graph of the gradients holds a node that raises wherever a derivative is missing. It holds none for what lies before
+    ``inputs`` or beside the path to them, for that is differentiated once only; the walk ends at ``inputs`` to be short.
+    """
+    seen: set[Node | None] = {None, *(x.grad_fn for x in inputs)}
+    stack = [g.grad_fn for g in grads]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        assert node is not None
+        seen.add(node)
+        name = node.name()
+        if name == "CompiledFunctionBackwardBackward":
+            return "torch.compile does not support double backward"
+        if name in ("torch::autograd::NotImplemented", "torch::autograd::Error"):
+            try:
+                node(*[None] * len(node._input_metadata))  # type: ignore[operator]
+            except RuntimeError as error:
+                return str(error)
+        stack.extend(following for following, _ in node.next_functions)
+    return None
