@@ -151,25 +151,28 @@ def test_segmentation_models_pytorch(without_torchvision):
 
 @pytest.mark.slow
 def test_monai_swin_unetr():
-    """Two MRI contrasts in 3D: two Swin encoders, one decoder of convolutions."""
+    """Two MRI contrasts in 3D: two Swin encoders, and the decoder of the whole network over their mean."""
     swin = pytest.importorskip("monai.networks.nets.swin_unetr")
 
-    def encoder():
-        return swin.SwinTransformer(
-            1, 12, (7, 7, 7), (2, 2, 2), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), spatial_dims=3, qkv_bias=True
-        )
+    def unetr():
+        return swin.SwinUNETR(1, 4, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+
+    class Given(nn.Module):
+        def forward(self, *_):
+            return self.features
 
     class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up = swin.UnetrUpBlock(3, 24, 12, kernel_size=3, upsample_kernel_size=2, norm_name="instance", res_block=True)
-            self.out = nn.Conv3d(12, 4, 1)
+            self.whole = unetr()
+            self.whole.swinViT = Given()
 
         def forward(self, features):
-            return self.out(self.up(features[1], features[0]))
+            self.whole.swinViT.features = features
+            return self.whole(torch.zeros(2, 1, 64, 64, 64))
 
-    network = TwoStreams(encoder, Decoder(), lambda module, x: module(x)[:2])
-    train_step(network, images(32, 3, 1), torch.randint(4, (2, 16, 16, 16)))
+    network = TwoStreams(lambda: unetr().swinViT, Decoder(), lambda encoder, x: encoder(x))
+    train_step(network, images(64, 3, 1), torch.randint(4, (2, 64, 64, 64)))
 
 
 def test_video_and_audio_classification():
