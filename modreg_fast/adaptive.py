@@ -157,7 +157,7 @@ class QualityTarget(nn.Module):
         >>> labels = torch.tensor([0, 1, 2, 0])
         >>> target = quality({"rgb": 5.0 * torch.eye(3)[labels], "depth": torch.zeros(4, 3)}, labels)
         >>> {m: round(share, 3) for m, share in target.items()}
-        {'rgb': 0.952, 'depth': 0.048}
+        {'rgb': 0.954, 'depth': 0.046}
     """
 
     cross_entropy: Tensor
