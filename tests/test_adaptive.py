@@ -13,6 +13,12 @@ import modreg_fast as mrf
 SIZES = {"rgb": 6, "depth": 5}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_same_start):
+    """What is trained here is tiny."""
+    torch.set_num_threads(1)
+
+
 class Network(nn.Module):
     def __init__(self, sizes, classes=3):
         super().__init__()

@@ -99,6 +99,21 @@ def test_target_is_normalised():
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-14)
 
 
+def test_target_of_a_call(backend):
+    """It takes the place of the constructor's, for that call only."""
+    head, features, scores = scene()
+    loss, other = mrf.AttributionLoss(TARGET, backend=backend), {"audio": 5, "text": 1, "video": 1}
+    before = loss(scores, features).item()
+    assert (
+        loss(scores, features, target=other).item()
+        == mrf.AttributionLoss(other, backend=backend)(scores, features).item()
+        != before
+    )
+    assert loss(scores, features).item() == before
+    with pytest.raises(ValueError, match=r"features must be the modalities of target, \['audio'\]"):
+        loss(scores, features, target={"audio": 1})
+
+
 def test_share_at_the_target_costs_nothing(backend):
     """In float64 to 1e-13, also for shares such as 1/3 that float32 cannot hold."""
     features = {m: torch.ones(2, 4, dtype=torch.float64, requires_grad=True) for m in "abc"}

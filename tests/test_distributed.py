@@ -1,4 +1,4 @@
-"""process_group= under DDP: two ranks compute the value and the gradients of one process on the whole batch."""
+"""process_group=: one, two and four ranks compute what one process does on the whole batch, under DDP, FSDP2 and with rows sharded."""
 
 from datetime import timedelta
 
@@ -10,12 +10,25 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import BACKENDS
 from torch import nn
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import modreg_fast as mrf
 
-CASES = {"even": (2, 2), "uneven": (3, 1), "rank_without_valid_pixels": (2, 2), "rank_without_a_modality": (1, 3)}
+RANKS = 4
+# Samples of each rank.
+CASES = {
+    "one": (4,),
+    "even": (2, 2),
+    "uneven": (3, 1),
+    "rank_without_valid_pixels": (2, 2),
+    "rank_without_a_modality": (1, 3),
+    "four": (1, 1, 1, 1),
+}
 LOSSES = ["inverse", "norm", "attribution_l1", "prediction", "all"]
+SHARDED_LOSSES = LOSSES[:-1]  # "all" differentiates by features that lie before a sharded encoder
 
 
 class Model(nn.Module):
@@ -88,37 +101,99 @@ def model_of(seed=3):
     return Model().double()
 
 
+def sharded(group):
+    """FSDP2 on the encoders, the head on every rank."""
+    model, mesh = model_of(), DeviceMesh.from_group(group, "cpu")
+    for encoder in (*model.first.values(), *model.second.values()):
+        fully_shard(encoder, mesh=mesh)
+    return model
+
+
+def sharded_outcome(kind, group, batch, backend):
+    model = sharded(group)
+    value, details, gradients = outcome(kind, model, batch, group, backend)
+    for p in model.head.parameters():
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= group.size()
+    return value, details, [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+
+
+def rows(group, rank, objective, backend):
+    """Every rank holds some rows of all samples."""
+    parts = {
+        m: [f.detach().chunk(group.size(), 2)[rank].requires_grad_() for f in scales]
+        for m, scales in model_of()(data("even")[0])[1].items()
+    }
+    value = mrf.FunctionalEntropyLoss(1.0, objective=objective, process_group=group, backend=backend)(parts)
+    value.backward()
+    return value.detach(), [f.grad / group.size() for scales in parts.values() for f in scales]
+
+
+def adaptive(group, batch, at):
+    """The weight of an attribution penalty after two steps, and targets by skill."""
+    model = model_of()
+    module = mrf.AdaptiveWeight(0.3, decay=0.5, process_group=group)
+    quality = mrf.QualityTarget(["a", "b"], 3, process_group=group)
+    x, labels, mask, _ = batch
+    for shift in (0.0, 1.0):
+        scores, features = model({m: y + shift for m, y in x.items()})
+        deep = {m: f[1] for m, f in features.items()}
+        penalty = mrf.AttributionLoss({"a": 1, "b": 3}, process_group=group)(scores, deep)
+        module(F.cross_entropy(scores, labels), penalty, list(model.head.parameters() if at == "parameters" else deep.values()))
+        target = quality(
+            {m: (1 + i) * F.one_hot(labels, 3).movedim(-1, 1) + f[:, :3] for i, (m, f) in enumerate(deep.items())},
+            labels,
+            mask=mask,
+        )
+    return module.weight, target
+
+
 def work(rank, store, results, backends):
-    """Every case on one of two ranks; what it computed goes to a file."""
+    """Every case on one of four ranks, or fewer; what it computed goes to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    groups = {n: dist.new_group(list(range(n))) for n in (1, 2, RANKS)}
     found = {}
     for case, sizes in CASES.items():
-        part = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+        if rank >= len(sizes):
+            continue
+        group, start = groups[len(sizes)], sum(sizes[:rank])
+        part = slice(start, start + sizes[rank])
         x, *rest = data(case)
         batch = ({m: y[part] for m, y in x.items()}, *(y[part] for y in rest))
         for backend in backends:
             for kind in LOSSES:
-                model = DistributedDataParallel(model_of())
-                found[case, kind, backend] = outcome(kind, model, batch, dist.group.WORLD, backend)
+                model = DistributedDataParallel(model_of(), process_group=group)
+                found["ddp", case, kind, backend] = outcome(kind, model, batch, group, backend)
+            for kind in SHARDED_LOSSES:
+                found["fsdp2", case, kind, backend] = sharded_outcome(kind, group, batch, backend)
+        for at in ("parameters", "features"):
+            found["adaptive", case, at] = adaptive(group, batch, at)
+    for n in (2, RANKS):
+        for backend in backends:
+            for objective in ("inverse", "norm", "log"):
+                if rank < n:
+                    found["rows", n, objective, backend] = rows(groups[n], rank, objective, backend)
     torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder / "store"), str(folder), BACKENDS), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    mp.spawn(work, args=(str(folder / "store"), str(folder), BACKENDS), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("wrapper, kind", [("ddp", k) for k in LOSSES] + [("fsdp2", k) for k in SHARDED_LOSSES])
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_equal_one_process(two_ranks, backend, case, kind):
+def test_ranks_equal_one_process(ranks, backend, case, wrapper, kind):
     value, details, gradients = outcome(kind, model_of(), data(case), None, backend)
     assert value.item() > 0 and sum(g.abs().sum() for g in gradients) > 0
-    for found in two_ranks:
-        other, other_details, other_gradients = found[case, kind, backend]
+    for found in ranks[: len(CASES[case])]:
+        other, other_details, other_gradients = found[wrapper, case, kind, backend]
         assert other.item() == pytest.approx(value.item(), rel=1e-6)
         assert len(other_details) == len(details)
         for a, b in zip(other_details, details, strict=True):
@@ -126,9 +201,36 @@ def test_two_ranks_equal_one_process(two_ranks, backend, case, kind):
         helpers.assert_close(other_gradients, gradients, 1e-6)
 
 
-def test_without_a_group_ranks_do_not_talk(two_ranks, backend):
+@pytest.mark.parametrize("objective", ["inverse", "norm", "log"])
+@pytest.mark.parametrize("n", [2, RANKS])
+def test_sharded_rows_equal_one_process(ranks, backend, n, objective):
+    """With as many pixels on each rank the mean over the ranks' rows is the mean over the map."""
+    features = {m: [f.detach().requires_grad_() for f in scales] for m, scales in model_of()(data("even")[0])[1].items()}
+    value = mrf.FunctionalEntropyLoss(1.0, objective=objective, backend=backend)(features)
+    value.backward()
+    flat = [f for scales in features.values() for f in scales]
+    for rank, found in enumerate(ranks[:n]):
+        other, gradients = found["rows", n, objective, backend]
+        assert other.item() == pytest.approx(value.item(), rel=1e-6)
+        helpers.assert_close(gradients, [f.grad.chunk(n, 2)[rank] for f in flat], 1e-6)
+
+
+@pytest.mark.parametrize("at", ["parameters", "features"])
+@pytest.mark.parametrize("case", CASES)
+def test_adaptive_weight_and_quality_target_are_equal_on_all_ranks(ranks, case, at):
+    weight, target = adaptive(None, data(case), at)
+    assert weight > 0 and target["b"] > target["a"] > 0
+    found = [rank["adaptive", case, at] for rank in ranks[: len(CASES[case])]]
+    for other, other_target in found:
+        assert other == found[0][0] and other_target == found[0][1]
+        assert other_target == pytest.approx(target, rel=1e-5)
+        if len(set(CASES[case])) == 1:  # otherwise the mean over ranks of the task losses is another task loss
+            assert other.item() == pytest.approx(weight.item(), rel=1e-5)
+
+
+def test_without_a_group_ranks_do_not_talk(ranks, backend):
     """The comparison has power: a rank alone computes something else."""
     x, *rest = data("even")
     half = ({m: y[:2] for m, y in x.items()}, *(y[:2] for y in rest))
     value, _, _ = outcome("inverse", model_of(), half, None, backend)
-    assert value.item() != pytest.approx(two_ranks[0]["even", "inverse", backend][0].item(), rel=1e-3)
+    assert value.item() != pytest.approx(ranks[0]["ddp", "even", "inverse", backend][0].item(), rel=1e-3)
