@@ -4,9 +4,14 @@ PYTHON ?= python3
 TORCH  := torch==2.13.0
 TRITON := triton==3.7.1
 
+# Third-party models that the tests train. Some without what they depend on: torchvision, among it, would bring another torch.
+MODELS       := transformers==5.23.0 accelerate==1.15.0 einops==0.8.2 lightning-utilities
+MODELS_ALONE := segmentation-models-pytorch==0.6.0 timm==1.0.31 monai==1.6.1 lightning==2.6.6 pytorch-lightning==2.6.6
+
 BIN     := .venv/bin
 TOOLS   := .venv/.tools-ready
 READY   := .venv/.package-ready
+TESTED  := .venv/.models-ready
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 # The build calls ninja by name.
@@ -18,10 +23,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-test: lint  ## linters, type checker, and the tests that are not marked slow
+test: lint $(TESTED)  ## linters, type checker, and the tests that are not marked slow
 	$(BIN)/python -m pytest
 
-test-all: lint  ## the same with the slow tests
+test-all: lint $(TESTED)  ## the same with the slow tests
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 demo: $(READY)  ## train on real data and print the table of the README
@@ -53,4 +58,9 @@ $(TOOLS): Makefile
 $(READY): $(TOOLS) $(SOURCES)
 	MODREG_FAST_BUILD_HARNESS=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' $(TORCH) $(TRITON)
 	$(BIN)/modreg-fast info
+	touch $@
+
+$(TESTED): $(READY)
+	$(BIN)/python -m pip install --quiet $(MODELS) $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS_ALONE)
 	touch $@
