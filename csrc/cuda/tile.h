@@ -1,0 +1,233 @@
+// Tiles in shared memory: what both ops share on the device.
+//
+// A tile holds `width` pixels of one sample, pixel after pixel, all channels of a pixel side by side, widened to the accumulation type T,
+// whatever the tensor's type and layout. So all arithmetic is written once. Threads copy pieces of 16 bytes between memory and tile, or
+// single elements where lines are not aligned to that; `lanes` neighbouring threads of a warp then share a pixel, and each of them owns
+// every lanes-th group of four channels (a quad) of it: sums over channels go through shuffles, and nothing else is exchanged.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "call.h"
+
+namespace mrf {
+namespace cuda {
+
+constexpr unsigned kWarp = 0xffffffffu;
+
+// ---- arithmetic of both types ----
+
+__device__ inline float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline double exp2_of(double x) { return exp2(x); }
+__device__ inline float maximum(float a, float b) { return fmaxf(a, b); }
+__device__ inline double maximum(double a, double b) { return fmax(a, b); }
+__device__ inline float square_root(float x) { return sqrtf(x); }
+__device__ inline double square_root(double x) { return sqrt(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+// Rounded by itself, never a part of a fused operation.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
+// ---- storage types ----
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline double widen(double x) { return x; }
+template <class T> __device__ inline void narrow(T x, float& y) { y = float(x); }
+template <class T> __device__ inline void narrow(T x, double& y) { y = x; }
+template <class T> __device__ inline void narrow(T x, __nv_bfloat16& y) { y = __float2bfloat16(float(x)); }
+template <class T> __device__ inline void narrow(T x, __half& y) { y = __float2half(float(x)); }
+
+template <class Storage, int N>
+struct alignas(N * sizeof(Storage)) Piece {
+  Storage at[N];
+};
+
+// Calls f with a null pointer of the storage type.
+template <class T, class F>
+__device__ inline void with_storage(DType dtype, F f) {
+  if (dtype == DType::float32) f((float*)nullptr);
+  if (dtype == DType::bfloat16) f((__nv_bfloat16*)nullptr);
+  if (dtype == DType::float16) f((__half*)nullptr);
+  if constexpr (sizeof(T) == 8)
+    if (dtype == DType::float64) f((double*)nullptr);
+}
+
+// ---- where a block works ----
+
+struct Place {
+  int tiling;
+  int64_t sample, first_tile, last_tile;
+};
+
+__device__ inline Place place_of_block(const Tiling* tilings, int count) {
+  int k = count - 1;
+  while (tilings[k].first_block > blockIdx.x) --k;
+  const Tiling& t = tilings[k];
+  const int64_t local = blockIdx.x - t.first_block, sample = local / t.blocks, first = (local - sample * t.blocks) * t.tiles_per_block;
+  const int64_t tiles = (t.pixels + t.width - 1) / t.width, end = first + t.tiles_per_block;
+  return {k, sample, first, end < tiles ? end : tiles};
+}
+
+// A tile of one sample: pixels [begin, begin + count) of `width`.
+struct Tile {
+  int64_t sample, begin;
+  int channels, width, count, pitch;
+};
+
+__device__ inline Tile tile_at(const Tiling& t, int64_t sample, int64_t tile) {
+  const int64_t begin = tile * t.width, left = t.pixels - begin;
+  return {sample, begin, int(t.channels), t.width, int(left < t.width ? left : t.width), t.pitch};
+}
+
+// ---- copies between memory and tile ----
+
+// All threads of the block together: f(pointer into memory, pixel, channel) for every piece of N elements of a tile, with the channels
+// rounded up to a multiple of four. The elements of a piece lie `element_step` apart in the tile.
+template <class Storage, int N, class F>
+__device__ inline void for_each_piece(const Array& x, const Tile& t, F f) {
+  const int channels = (t.channels + 3) / 4 * 4;
+  const int lines = x.pixel_lines ? channels : t.width, length = x.pixel_lines ? t.width : channels;
+  // Of a line of pixels, 64 aligned bytes go to neighbouring threads: whole sectors, and few conflicts between the banks in which pixels
+  // start.
+  const int most = x.pixel_lines && N > 1 ? 4 : 32;
+  int across = 1;
+  while (across < most && across * N < length) across *= 2;
+  Storage* start = static_cast<Storage*>(x.data) + t.sample * x.sample_stride + t.begin * (x.pixel_lines ? 1 : x.line_stride);
+#pragma unroll 4
+  for (int line = threadIdx.x / across; line < lines; line += blockDim.x / across)
+    for (int k = threadIdx.x % across * N; k < length; k += across * N) {
+      const int c = x.pixel_lines ? line : k, p = x.pixel_lines ? k : line;
+      f(start + line * x.line_stride + k, p, c);
+    }
+}
+
+__device__ inline int element_step(const Array& x, const Tile& t) { return x.pixel_lines ? t.pitch : 1; }
+
+template <class T, class F>
+__device__ inline void with_pieces(const Array& x, F f) {
+  with_storage<T>(x.dtype, [&](auto* type) {
+    using Storage = std::remove_pointer_t<decltype(type)>;
+    if (x.vector)
+      f(Piece<Storage, 16 / sizeof(Storage)>{});
+    else
+      f(Piece<Storage, 1>{});
+  });
+}
+
+// Memory to tile. Channels up to the next multiple of four become `pad`, pixels past the end 0.
+template <class T>
+__device__ inline void read_tile(const Array& x, const Tile& t, T* tile, T pad) {
+  const int step = element_step(x, t);
+  with_pieces<T>(x, [&](auto values) {
+    using Storage = std::remove_reference_t<decltype(values.at[0])>;
+    constexpr int n = sizeof values / sizeof(Storage);
+    for_each_piece<Storage, n>(x, t, [&](const Storage* from, int p, int c) {
+      const bool read = p < t.count && c < t.channels;
+      Piece<Storage, n> piece;
+      if constexpr (n > 1) {
+        const uint4 raw = read ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{};
+        __builtin_memcpy(&piece, &raw, sizeof raw);
+      } else if (read) {
+        piece.at[0] = *from;
+      }
+      const T otherwise = c < t.channels ? T(0) : pad;
+      for (int i = 0; i < n; ++i) tile[p * t.pitch + c + i * step] = read ? T(widen(piece.at[i])) : otherwise;
+    });
+  });
+}
+
+// Tile to memory; 0 at pixels that do not count (null: at all).
+template <class T>
+__device__ inline void write_tile(const Array& x, const Tile& t, const T* tile, const T* counts) {
+  const int step = element_step(x, t);
+  with_pieces<T>(x, [&](auto values) {
+    using Storage = std::remove_reference_t<decltype(values.at[0])>;
+    constexpr int n = sizeof values / sizeof(Storage);
+    for_each_piece<Storage, n>(x, t, [&](Storage* to, int p, int c) {
+      if (p >= t.count || c >= t.channels) return;
+      Piece<Storage, n> piece;
+      for (int i = 0; i < n; ++i) {
+        const bool here = counts != nullptr && counts[step == 1 ? p : p + i] != T(0);
+        narrow(here ? tile[p * t.pitch + c + i * step] : T(0), piece.at[i]);
+      }
+      *reinterpret_cast<Piece<Storage, n>*>(to) = piece;
+    });
+  });
+}
+
+// Which pixels of the tile count, as 1 and 0.
+template <class T>
+__device__ inline void read_counts(const Tiling& tiling, const Tile& t, T* counts) {
+  for (int p = threadIdx.x; p < t.width; p += blockDim.x)
+    counts[p] = p < t.count && (tiling.mask == nullptr || tiling.mask[t.sample * tiling.pixels + t.begin + p]);
+}
+
+// ---- quads ----
+
+template <class T>
+struct alignas(16) Quad {
+  T at[4];
+};
+
+template <class T>
+__device__ inline Quad<T> load_quad(const T* p) { return *reinterpret_cast<const Quad<T>*>(p); }
+template <class T>
+__device__ inline void store_quad(T* p, const Quad<T>& x) { *reinterpret_cast<Quad<T>*>(p) = x; }
+
+// ---- sums ----
+
+template <class T>
+__device__ inline T sum_over(T x, int first, int end) {  // lanes that differ in the bits [first, end) of their number; the same bits in all
+  for (int o = first; o < end; o *= 2) x += __shfl_xor_sync(kWarp, x, o);
+  return x;
+}
+
+template <class T>
+__device__ inline T maximum_over(T x, int lanes) {
+  for (int o = 1; o < lanes; o *= 2) x = maximum(x, __shfl_xor_sync(kWarp, x, o));
+  return x;
+}
+
+// Adds what each pixel of a warp gave (the same in all its lanes) to the warp's row.
+template <class T>
+__device__ inline void add_pixels(T x, int lanes, T* row) {
+  x = sum_over(x, lanes, 32);
+  if (threadIdx.x % 32 == 0) *row += x;
+}
+
+// The rows of the warps added up into `partial`, in order; true in the last block of the `blocks` that count at `arrived`.
+template <class T>
+__device__ inline bool publish(const T* rows, int count, T* partial, uint32_t* arrived, int64_t blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    T sum = rows[i];
+    for (int w = 1; w < blockDim.x / 32; ++w) sum += rows[w * count + i];
+    partial[int64_t(blockIdx.x) * count + i] = sum;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(arrived, unsigned(blocks - 1)) == unsigned(blocks - 1);  // back to 0 for the next launch
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// Column i of the results of blocks [first, first + blocks); by one warp, in a fixed order.
+template <class T>
+__device__ inline double ordered_sum(const T* partial, int64_t first, int64_t blocks, int count, int i) {
+  double sum = 0;
+  for (int64_t k = threadIdx.x % 32; k < blocks; k += 32) sum += double(__ldcg(partial + (first + k) * count + i));
+  return sum_over(sum, 1, 32);
+}
+
+}  // namespace cuda
+}  // namespace mrf
