@@ -207,3 +207,67 @@ def softmax_fisher(
         out.information, out.counts = information, counts
         assert not arrived.numpy().any()
     return out
+
+
+# ---- gradient_statistics ----
+
+
+def gradient_statistics(
+    grads, features=None, *, values=None, masks=None, maps=False, eps=1e-8, upstream=None, first_tensor=0, all_tensors=None, memory=None,
+    arch="sm_90", limit=SHARED_LIMIT,
+):
+    """``grads``, ``features``: ``Tensor`` in ``memory``; ``values``: arrays ``(B, P)``. Without ``upstream`` forward: fisher, attribution
+    ``(K, B)`` and maps. With it, ``(fisher weights, square weights, fisher maps, attribution maps)``, backward: to_grads, to_features and
+    to_values. And the call, launch and report."""
+    count, batch = len(grads), grads[0].shape[0]
+    all_tensors = all_tensors or count
+    kind = "float64" if any(x.dtype == "float64" for x in [*grads, *(features or [])]) else "float32"
+    call, out, backward = GradientStatistics(tensors=count, first_tensor=first_tensor, batch=batch, eps=eps), SimpleNamespace(), upstream is not None
+    fisher_weight, square_weight, fisher_maps, attribution_maps = upstream or (None, None, None, None)
+
+    def row(tensor, value=None):
+        shape = tensor.shape[0], tensor.shape[2]
+        return memory.empty(shape, kind) if value is None else memory.put(value.astype(kind))
+
+    out.values = None if values is None else [row(g, v) for g, v in zip(grads, values, strict=True)]
+    if backward:
+        out.to_grads = [Tensor(memory, None, x.dtype, x.layout, shape=x.shape) for x in grads]
+        out.to_features = [Tensor(memory, None, x.dtype, x.layout, shape=x.shape) for x in features or []]
+        out.to_values = [row(g) for g in grads] if values is not None else []
+        out.fisher_maps = [row(g, x) for g, x in zip(grads, fisher_maps or [])]
+        out.attribution_maps = [row(g, x) for g, x in zip(grads, attribution_maps or [])]
+        call.fisher_weight = None if fisher_weight is None else memory.put(fisher_weight.astype(np.float64)).address
+        call.attribution_weight = None if square_weight is None else memory.put(square_weight.astype(np.float64)).address
+    else:
+        out.fisher_maps = [row(g) for g in grads] if maps and values is not None else []
+        out.attribution_maps = [row(g) for g in grads] if maps and features else []
+        out.fisher = memory.empty((all_tensors, batch), kind) if values is not None else None
+        out.attribution = memory.empty((all_tensors, batch), kind) if features else None
+        call.fisher, call.attribution = address(out.fisher), address(out.attribution)
+        arrived = memory.put(np.zeros(count * batch, np.uint32))
+        call.arrived = arrived.address
+    for k, g in enumerate(grads):
+        call.tilings[k].channels, call.tilings[k].pixels = g.shape[1:]
+        call.grads[k] = g.array
+        if masks is not None:
+            call.tilings[k].mask = memory.put(masks[k].astype(np.uint8)).address
+        if features:
+            call.features[k] = features[k].array
+        if backward:
+            call.to_grads[k] = out.to_grads[k].array
+            if features:
+                call.to_features[k] = out.to_features[k].array
+        for name in ("values", "fisher_maps", "attribution_maps", *(["to_values"] if backward else [])):
+            if buffers := getattr(out, name):
+                getattr(call, name)[k] = buffers[k].address
+    launch = out.launch = plan("gradient_statistics", call, backward, BYTES[kind], limit)
+    assert launch.shared_bytes >= 0, "a tile does not fit"
+    out.call = call
+    if not backward:
+        call.partial = memory.empty(launch.blocks * 3, kind).address
+    entry = f"gradient_statistics_{'backward' if backward else 'forward'}_{kind}"
+    out.report = ptx.run(
+        kernels("gradient_statistics", arch), entry, launch.blocks, launch.threads, [call], memory, shared_bytes=launch.shared_bytes
+    )
+    assert backward or not arrived.numpy().any()
+    return out
