@@ -32,7 +32,7 @@ struct Sums {
 template <class T>
 __device__ Sums<T> sums_of_pixel(const T* g, const T* e, int channels, int lanes) {
   Sums<T> sums = {};
-  for (int c = threadIdx.x % lanes * 4; c < channels; c += lanes * 4) {
+  for (int c = (threadIdx.x & (lanes - 1)) * 4; c < channels; c += lanes * 4) {
     const Quad<T> gradient = load_quad(g + c);
     const Quad<T> feature = e ? load_quad(e + c) : Quad<T>{};
     for (int i = 0; i < 4; ++i) {
@@ -69,12 +69,12 @@ __device__ void write_results(const GradientStatistics& call, const Place& place
 }
 
 template <class T>
-__device__ void forward(const GradientStatistics& call, T* memory) {
+__device__ void forward(const GradientStatistics& call) {
   const Place place = place_of_block(call.tilings, call.tensors);
   const int k = place.tiling;
   const Tiling& tiling = call.tilings[k];
-  T *g = memory, *e = call.features[k].data ? g + tiling.width * tiling.pitch : nullptr;
-  T* after = g + (e ? 2 : 1) * tiling.width * tiling.pitch;
+  const int plane = tiling.width * tiling.pitch, planes = call.features[k].data ? 2 : 1;
+  T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
   const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width, after + 3 * tiling.width};
   T* totals = after + 4 * tiling.width;
   for (int i = threadIdx.x; i < blockDim.x / 32 * 3; i += blockDim.x) totals[i] = 0;
@@ -89,7 +89,7 @@ __device__ void forward(const GradientStatistics& call, T* memory) {
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x)
       rows.f[p] = call.values[k] && p < tile.count ? read_pixel<T>(call.values[k], row + p) : T(1);
     __syncthreads();
-    for (int p = threadIdx.x / tiling.lanes; p < tile.width; p += blockDim.x / tiling.lanes) {
+    for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
       const int at = p * tile.pitch;
       const Sums<T> sums = sums_of_pixel(g + at, e ? e + at : nullptr, tile.channels, tiling.lanes);
       const bool counts = rows.counts[p] != T(0);
@@ -97,7 +97,7 @@ __device__ void forward(const GradientStatistics& call, T* memory) {
       add_pixels(fisher, tiling.lanes, total);
       add_pixels(square, tiling.lanes, total + 1);
       add_pixels(rows.counts[p], tiling.lanes, total + 2);
-      if (threadIdx.x % tiling.lanes == 0) rows.fisher[p] = fisher, rows.attribution[p] = square_root(square);
+      if ((threadIdx.x & (tiling.lanes - 1)) == 0) rows.fisher[p] = fisher, rows.attribution[p] = square_root(square);
     }
     __syncthreads();
     for (int p = threadIdx.x; p < tile.count; p += blockDim.x) {
@@ -114,7 +114,7 @@ __device__ void forward(const GradientStatistics& call, T* memory) {
 template <class T>
 __device__ T gradient_of_pixel(T* g, T* e, int channels, int lanes, T u, T v) {
   T norm = 0;
-  for (int c = threadIdx.x % lanes * 4; c < channels; c += lanes * 4) {
+  for (int c = (threadIdx.x & (lanes - 1)) * 4; c < channels; c += lanes * 4) {
     Quad<T> gradient = load_quad(g + c), feature = e ? load_quad(e + c) : Quad<T>{};
     for (int i = 0; i < 4; ++i) {
       const T from = gradient.at[i], vg = v * from;
@@ -129,12 +129,12 @@ __device__ T gradient_of_pixel(T* g, T* e, int channels, int lanes, T u, T v) {
 }
 
 template <class T>
-__device__ void backward(const GradientStatistics& call, T* memory) {
+__device__ void backward(const GradientStatistics& call) {
   const Place place = place_of_block(call.tilings, call.tensors);
   const int k = place.tiling;
   const Tiling& tiling = call.tilings[k];
-  T *g = memory, *e = call.features[k].data ? g + tiling.width * tiling.pitch : nullptr;
-  T* after = g + (e ? 2 : 1) * tiling.width * tiling.pitch;
+  const int plane = tiling.width * tiling.pitch, planes = call.features[k].data ? 2 : 1;
+  T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
   // Of `fisher` first the upstream weight u, then df; of `attribution` the upstream gradient of the map.
   const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width, after + 3 * tiling.width};
   const int64_t weight = (call.first_tensor + k) * call.batch + place.sample;
@@ -153,7 +153,7 @@ __device__ void backward(const GradientStatistics& call, T* memory) {
       rows.attribution[p] = call.attribution_maps[k] && inside ? read_pixel<T>(call.attribution_maps[k], row + p) : T(0);
     }
     __syncthreads();
-    for (int p = threadIdx.x / tiling.lanes; p < tile.width; p += blockDim.x / tiling.lanes) {
+    for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
       const int at = p * tile.pitch;
       T *g_of_pixel = g + at, *e_of_pixel = e ? e + at : nullptr;
       const T f = rows.f[p], u = call.values[k] ? rows.fisher[p] / f : T(0);
@@ -164,7 +164,7 @@ __device__ void backward(const GradientStatistics& call, T* memory) {
       }
       const T norm = gradient_of_pixel(g_of_pixel, e_of_pixel, tile.channels, tiling.lanes, 2 * u, 2 * v);
       __syncwarp();  // all lanes have read u
-      if (threadIdx.x % tiling.lanes == 0) rows.fisher[p] = rows.counts[p] != T(0) ? -u * norm / f : T(0);
+      if ((threadIdx.x & (tiling.lanes - 1)) == 0) rows.fisher[p] = rows.counts[p] != T(0) ? -u * norm / f : T(0);
     }
     __syncthreads();
     write_tile<T>(call.to_grads[k], tile, g, rows.counts);
@@ -177,13 +177,11 @@ __device__ void backward(const GradientStatistics& call, T* memory) {
 
 }  // namespace
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
 // 512 threads of at most 64 registers, so that two blocks fit a multiprocessor.
 #define MRF_KERNEL(pass, name, type)                                                                         \
   extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), sizeof(type) == 4 ? 2 : 1)        \
       gradient_statistics_##pass##_##name(const __grid_constant__ GradientStatistics call) {                 \
-    pass<type>(call, reinterpret_cast<type*>(shared_memory));                                                \
+    pass<type>(call);                                              \
   }
 MRF_KERNEL(forward, float32, float)
 MRF_KERNEL(forward, float64, double)

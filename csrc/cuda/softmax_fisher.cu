@@ -54,8 +54,12 @@ struct Planes {
   __device__ T* at(int k, int p) const { return memory + (int64_t(k) * width + p) * pitch; }
 };
 
-__device__ inline bool held(const SoftmaxFisher& call, int64_t sample, int m) {
-  return call.present == nullptr || call.present[sample * call.modalities + m];
+// Bit m: whether the sample has modality m.
+__device__ inline uint64_t held_by(const SoftmaxFisher& call, int64_t sample) {
+  uint64_t held = 0;
+  for (int m = 0; m < call.modalities; ++m)
+    held |= uint64_t(call.present == nullptr || call.present[sample * call.modalities + m]) << m;
+  return held;
 }
 
 // One pixel, by `lanes` threads.
@@ -67,7 +71,9 @@ struct Pixel {
   Planes<T> planes;
   int scale, p, first, step;  // the quads of this thread start at channels first, first + step, ...
   bool counts;
+  uint64_t held;
   int modalities_held;
+  uint64_t seed;
   T* rows;  // of the warp: sums of I by modality
 
   __device__ T* q() const { return planes.at(call.modalities, p); }
@@ -83,7 +89,7 @@ struct Pixel {
     for (int c = first; c < tile.channels; c += step) {
       Quad<T> mean = {};
       for (int m = 0; m < call.modalities; ++m)
-        if (held(call, tile.sample, m)) {
+        if (held >> m & 1) {
           const Quad<T> x = load_quad(planes.at(m, p) + c);
           for (int i = 0; i < 4; ++i) mean.at[i] += x.at[i];
         }
@@ -108,7 +114,7 @@ struct Pixel {
       Quad<T> y = load_quad(x + c);
       if (noise) {
         const uint64_t g = (tile.sample * quads + c / 4) * tiling.pixels + tile.begin + p;
-        const Quad<T> n = normals<T>(*call.seed, g, m * call.all_scales + call.first_scale + scale, draw);
+        const Quad<T> n = normals<T>(seed, g, m * call.all_scales + call.first_scale + scale, draw);
         for (int i = 0; i < 4; ++i) y.at[i] += T(call.sigma[m]) * n.at[i];
         store_quad(noisy() + c, y);
       }
@@ -123,7 +129,7 @@ struct Pixel {
     T pull_mean = 0;  // sum_c q * pull
     bool pulled = false;
     for (int m = 0; m < call.modalities; ++m) {
-      if (!held(call, tile.sample, m)) continue;
+      if (!(held >> m & 1)) continue;
       const bool noise = call.sigma[m] > 0;
       const int draws = noise ? call.draws : 1;
       const T repeats = T(noise ? 1 : call.draws);  // without noise every draw is the same
@@ -188,7 +194,7 @@ struct Pixel {
     for (int c = first; c < tile.channels; c += step) {
       const Quad<T> reference = load_quad(q() + c), bracket = load_quad(pull() + c);
       for (int m = 0; m < call.modalities; ++m)
-        if (held(call, tile.sample, m)) {
+        if (held >> m & 1) {
           Quad<T> to_x = load_quad(planes.at(m, p) + c);
           for (int i = 0; i < 4; ++i) to_x.at[i] += reference.at[i] * (bracket.at[i] - pull_mean) * inverse;
           store_quad(planes.at(m, p) + c, to_x);
@@ -214,40 +220,40 @@ __device__ void write_results(const SoftmaxFisher& call, const Place& place) {
 }
 
 template <class T, bool Backward>
-__device__ void run(const SoftmaxFisher& call, T* memory) {
+__device__ void run(const SoftmaxFisher& call) {
   const Place place = place_of_block(call.tilings, call.scales);
   const Tiling& tiling = call.tilings[place.tiling];
-  int modalities_held = 0, noise = 0;
-  for (int m = 0; m < call.modalities; ++m) {
-    modalities_held += held(call, place.sample, m);
-    noise |= call.sigma[m] > 0;
-  }
+  const uint64_t held = held_by(call, place.sample);
+  const int modalities_held = __popcll(held);
+  bool noise = false;
+  for (int m = 0; m < call.modalities; ++m) noise |= call.sigma[m] > 0;
+  const uint64_t seed = noise ? *call.seed : 0;
   const int planes = call.modalities + (Backward ? 2 : 1) + (noise ? (Backward ? 2 : 1) : 0);
-  T* counts = memory + planes * tiling.width * tiling.pitch;
-  T* rows = counts + tiling.width;
+  const int plane = tiling.width * tiling.pitch;
+  T *counts = shared<T>() + planes * plane, *rows = counts + tiling.width;
   const int row = call.modalities + 1;
   for (int i = threadIdx.x; i < blockDim.x / 32 * row; i += blockDim.x) rows[i] = 0;
 
   for (int64_t k = place.first_tile; k < place.last_tile; ++k) {
     const Tile tile = tile_at(tiling, place.sample, k);
     for (int m = 0; m < call.modalities; ++m)
-      if (held(call, place.sample, m))
-        read_tile<T>(call.features[m * call.scales + place.tiling], tile, memory + m * tile.width * tile.pitch, -INFINITY);
+      if (held >> m & 1)
+        read_tile<T>(call.features[m * call.scales + place.tiling], tile, shared<T>() + m * plane, -INFINITY);
     read_counts(tiling, tile, counts);
     __syncthreads();
     T* rows_of_warp = rows + threadIdx.x / 32 * row;
-    for (int p = threadIdx.x / tiling.lanes; p < tile.width; p += blockDim.x / tiling.lanes) {
-      const int first = threadIdx.x % tiling.lanes * 4;
-      const Pixel<T, Backward> pixel{call, tile, tiling, {memory, tile.width, tile.pitch}, place.tiling, p, first, tiling.lanes * 4,
-                                     counts[p] != T(0), modalities_held, rows_of_warp};
+    for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
+      const int first = (threadIdx.x & (tiling.lanes - 1)) * 4;
+      const Pixel<T, Backward> pixel{call, tile, tiling, {shared<T>(), tile.width, tile.pitch}, place.tiling, p, first, tiling.lanes * 4,
+                                     counts[p] != T(0), held, modalities_held, seed, rows_of_warp};
       if (modalities_held > 0) pixel.run();
       if (!Backward) add_pixels(counts[p], tiling.lanes, rows_of_warp + call.modalities);
     }
     __syncthreads();
     if (Backward) {
       for (int m = 0; m < call.modalities; ++m)
-        write_tile<T>(call.gradients[m * call.scales + place.tiling], tile, memory + m * tile.width * tile.pitch,
-                      held(call, place.sample, m) ? counts : nullptr);
+        write_tile<T>(call.gradients[m * call.scales + place.tiling], tile, shared<T>() + m * plane,
+                      held >> m & 1 ? counts : nullptr);
       __syncthreads();
     }
   }
@@ -259,13 +265,11 @@ __device__ void run(const SoftmaxFisher& call, T* memory) {
 
 }  // namespace
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
 // 512 threads of at most 64 registers, so that two blocks fit a multiprocessor.
 #define MRF_KERNEL(name, type, backward)                                                                     \
   extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), sizeof(type) == 4 ? 2 : 1)        \
       softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {                                    \
-    run<type, backward>(call, reinterpret_cast<type*>(shared_memory));                                       \
+    run<type, backward>(call);                                     \
   }
 MRF_KERNEL(forward_float32, float, false)
 MRF_KERNEL(forward_float64, double, false)

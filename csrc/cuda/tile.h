@@ -67,12 +67,15 @@ struct Place {
   int64_t sample, first_tile, last_tile;
 };
 
+__device__ inline int64_t divided(int64_t x, int power_of_two) { return x >> (__ffs(power_of_two) - 1); }
+__device__ inline int divided(int x, int power_of_two) { return x >> (__ffs(power_of_two) - 1); }
+
 __device__ inline Place place_of_block(const Tiling* tilings, int count) {
   int k = count - 1;
   while (tilings[k].first_block > blockIdx.x) --k;
   const Tiling& t = tilings[k];
-  const int64_t local = blockIdx.x - t.first_block, sample = local / t.blocks, first = (local - sample * t.blocks) * t.tiles_per_block;
-  const int64_t tiles = (t.pixels + t.width - 1) / t.width, end = first + t.tiles_per_block;
+  const unsigned local = unsigned(blockIdx.x - t.first_block), sample = local / unsigned(t.blocks), part = local - sample * unsigned(t.blocks);
+  const int64_t first = int64_t(part) * t.tiles_per_block, end = first + t.tiles_per_block, tiles = divided(t.pixels + t.width - 1, t.width);
   return {k, sample, first, end < tiles ? end : tiles};
 }
 
@@ -87,30 +90,44 @@ __device__ inline Tile tile_at(const Tiling& t, int64_t sample, int64_t tile) {
   return {sample, begin, int(t.channels), t.width, int(left < t.width ? left : t.width), t.pitch};
 }
 
+extern __shared__ __align__(16) unsigned char shared_memory[];
+
+template <class T>
+__device__ inline T* shared() { return reinterpret_cast<T*>(shared_memory); }
+
 // ---- copies between memory and tile ----
 
-// All threads of the block together: f(pointer into memory, pixel, channel) for every piece of N elements of a tile, with the channels
-// rounded up to a multiple of four. The elements of a piece lie `element_step` apart in the tile.
-template <class Storage, int N, class F>
-__device__ inline void for_each_piece(const Array& x, const Tile& t, F f) {
-  const int channels = (t.channels + 3) / 4 * 4;
-  const int lines = x.pixel_lines ? channels : t.width, length = x.pixel_lines ? t.width : channels;
-  // Of a line of pixels, 64 aligned bytes go to neighbouring threads: whole sectors, and few conflicts between the banks in which pixels
-  // start.
-  const int most = x.pixel_lines && N > 1 ? 4 : 32;
-  int across = 1;
-  while (across < most && across * N < length) across *= 2;
-  Storage* start = static_cast<Storage*>(x.data) + t.sample * x.sample_stride + t.begin * (x.pixel_lines ? 1 : x.line_stride);
-#pragma unroll 4
-  for (int line = threadIdx.x / across; line < lines; line += blockDim.x / across)
-    for (int k = threadIdx.x % across * N; k < length; k += across * N) {
-      const int c = x.pixel_lines ? line : k, p = x.pixel_lines ? k : line;
-      f(start + line * x.line_stride + k, p, c);
-    }
+// The pieces of N elements of a tile that fall to a thread, channels rounded up to a multiple of four.
+template <int N>
+struct Pieces {
+  bool pixel_lines;
+  int across, first, line, k, lines, length;
+
+  __device__ Pieces(const Array& x, const Tile& t) : pixel_lines(x.pixel_lines), across(0) {
+    const int channels = (t.channels + 3) & ~3;
+    lines = pixel_lines ? channels : t.width, length = pixel_lines ? t.width : channels;
+    // 2^across neighbouring threads on a line. Of a line of pixels 64 aligned bytes: whole sectors, and few conflicts between the banks in
+    // which pixels start.
+    const int most = pixel_lines && N > 1 ? 2 : 5;
+    while (across < most && (N << across) < length) ++across;
+    first = k = (threadIdx.x & ((1 << across) - 1)) * N;
+    line = first < length ? threadIdx.x >> across : lines;
+  }
+  __device__ bool valid() const { return line < lines; }
+  __device__ int pixel() const { return pixel_lines ? k : line; }
+  __device__ int channel() const { return pixel_lines ? line : k; }
+  __device__ void next() {
+    k += N << across;
+    if (k >= length) k = first, line += blockDim.x >> across;
+  }
+};
+
+template <class Storage>
+__device__ inline Storage* start_of(const Array& x, const Tile& t) {
+  return static_cast<Storage*>(x.data) + t.sample * x.sample_stride + t.begin * (x.pixel_lines ? 1 : x.line_stride);
 }
 
-__device__ inline int element_step(const Array& x, const Tile& t) { return x.pixel_lines ? t.pitch : 1; }
-
+// Calls f with a piece of 16 bytes of the storage type, or of one element where lines are not aligned to that.
 template <class T, class F>
 __device__ inline void with_pieces(const Array& x, F f) {
   with_storage<T>(x.dtype, [&](auto* type) {
@@ -122,44 +139,63 @@ __device__ inline void with_pieces(const Array& x, F f) {
   });
 }
 
-// Memory to tile. Channels up to the next multiple of four become `pad`, pixels past the end 0.
+// Memory to tile. Channels up to the next multiple of four become `pad`, pixels past the end 0. A thread loads two pieces before it
+// stores the first: with 1024 threads, enough on the way to cover the latency of the memory.
 template <class T>
-__device__ inline void read_tile(const Array& x, const Tile& t, T* tile, T pad) {
-  const int step = element_step(x, t);
-  with_pieces<T>(x, [&](auto values) {
-    using Storage = std::remove_reference_t<decltype(values.at[0])>;
-    constexpr int n = sizeof values / sizeof(Storage);
-    for_each_piece<Storage, n>(x, t, [&](const Storage* from, int p, int c) {
-      const bool read = p < t.count && c < t.channels;
-      Piece<Storage, n> piece;
-      if constexpr (n > 1) {
-        const uint4 raw = read ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{};
-        __builtin_memcpy(&piece, &raw, sizeof raw);
-      } else if (read) {
-        piece.at[0] = *from;
+__device__ inline void read_tile(const Array& x, const Tile& t, T* tile, float pad) {
+  with_pieces<T>(x, [&](auto none) {
+    using P = decltype(none);
+    using Storage = std::remove_reference_t<decltype(none.at[0])>;
+    constexpr int n = sizeof(P) / sizeof(Storage), batch = 2;
+    const Storage* start = start_of<Storage>(x, t);
+    const int step = x.pixel_lines ? t.pitch : 1;
+    for (Pieces<n> at(x, t); at.valid();) {
+      P pieces[batch];
+      int to[batch];
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {
+        to[j] = at.valid() ? at.pixel() * t.pitch + at.channel() : -1;
+        if (at.valid() && at.pixel() < t.count && at.channel() < t.channels) {
+          const Storage* from = start + at.line * x.line_stride + at.k;
+          if constexpr (n > 1) {
+            const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+            __builtin_memcpy(&pieces[j], &raw, sizeof raw);
+          } else {
+            pieces[j].at[0] = *from;
+          }
+        } else {
+          for (int i = 0; i < n; ++i) narrow(at.channel() < t.channels ? 0.0f : pad, pieces[j].at[i]);
+        }
+        at.next();
       }
-      const T otherwise = c < t.channels ? T(0) : pad;
-      for (int i = 0; i < n; ++i) tile[p * t.pitch + c + i * step] = read ? T(widen(piece.at[i])) : otherwise;
-    });
+#pragma unroll
+      for (int j = 0; j < batch; ++j)
+        if (to[j] >= 0)
+          for (int i = 0; i < n; ++i) tile[to[j] + i * step] = widen(pieces[j].at[i]);
+    }
   });
 }
 
 // Tile to memory; 0 at pixels that do not count (null: at all).
 template <class T>
 __device__ inline void write_tile(const Array& x, const Tile& t, const T* tile, const T* counts) {
-  const int step = element_step(x, t);
-  with_pieces<T>(x, [&](auto values) {
-    using Storage = std::remove_reference_t<decltype(values.at[0])>;
-    constexpr int n = sizeof values / sizeof(Storage);
-    for_each_piece<Storage, n>(x, t, [&](Storage* to, int p, int c) {
-      if (p >= t.count || c >= t.channels) return;
-      Piece<Storage, n> piece;
+  with_pieces<T>(x, [&](auto none) {
+    using P = decltype(none);
+    using Storage = std::remove_reference_t<decltype(none.at[0])>;
+    constexpr int n = sizeof(P) / sizeof(Storage);
+    Storage* start = start_of<Storage>(x, t);
+    const int step = x.pixel_lines ? t.pitch : 1, next_pixel = x.pixel_lines ? 1 : 0;
+#pragma unroll 1
+    for (Pieces<n> at(x, t); at.valid(); at.next()) {
+      if (at.pixel() >= t.count || at.channel() >= t.channels) continue;
+      const int from = at.pixel() * t.pitch + at.channel();
+      P piece;
       for (int i = 0; i < n; ++i) {
-        const bool here = counts != nullptr && counts[step == 1 ? p : p + i] != T(0);
-        narrow(here ? tile[p * t.pitch + c + i * step] : T(0), piece.at[i]);
+        const bool here = counts != nullptr && counts[at.pixel() + i * next_pixel] != T(0);
+        narrow(here ? tile[from + i * step] : T(0), piece.at[i]);
       }
-      *reinterpret_cast<Piece<Storage, n>*>(to) = piece;
-    });
+      *reinterpret_cast<P*>(start + at.line * x.line_stride + at.k) = piece;
+    }
   });
 }
 
