@@ -14,6 +14,7 @@ import ptx
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 SHARED_LIMIT = 232448 - 1024  # of a block on an H100
+MOST_BLOCKS = 8192
 MOST_SCALES, MOST_ARRAYS, MOST_TENSORS = 8, 48, 14
 
 P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
@@ -90,9 +91,11 @@ def _host() -> ctypes.CDLL:
     return loaded
 
 
-def plan(stem: str, call, backward: bool, accumulator: int, limit: int = SHARED_LIMIT) -> Launch:
+def plan(stem: str, call, backward: bool, accumulator: int, limit: int = SHARED_LIMIT, most_blocks: int = MOST_BLOCKS) -> Launch:
     launch = Launch()
-    _host()[f"plan_{stem}"](ctypes.byref(call), int(backward), I64(accumulator), I64(limit), ctypes.byref(launch))
+    _host()[f"plan_{stem}"](
+        ctypes.byref(call), int(backward), I64(accumulator), I64(limit), I64(most_blocks), ctypes.byref(launch)
+    )
     return launch
 
 
@@ -127,12 +130,13 @@ class Tensor:
         lines, length = (channels, pixels) if layout == "pixels" else (pixels, channels)
         self.view = offset, (batch, lines, length + gap), length
         empty = stored(np.zeros(1), dtype).dtype
-        if values is None:
-            self.buffer = memory.empty(offset + batch * lines * (length + gap), empty)
+        if values is None and gap == offset == 0:
+            self.buffer = memory.empty(batch * lines * length, empty)
         else:
             content = np.full(offset + batch * lines * (length + gap), stored(np.array([np.nan]), dtype)[0], empty)
-            ordered = values if layout == "pixels" else values.transpose(0, 2, 1)
-            content[offset:].reshape(self.view[1])[:, :, :length] = stored(ordered, dtype)
+            if values is not None:
+                ordered = values if layout == "pixels" else values.transpose(0, 2, 1)
+                content[offset:].reshape(self.view[1])[:, :, :length] = stored(ordered, dtype)
             self.buffer = memory.put(content)
         size = BYTES[dtype]
         self.array = Array(
@@ -144,9 +148,12 @@ class Tensor:
         )
 
     def values(self) -> np.ndarray:
-        """float64 ``(B, C, P)``."""
+        """float64 ``(B, C, P)``. What lies between must still be NaN."""
         offset, shape, length = self.view
-        content = wide(self.buffer.numpy()[offset:].reshape(shape)[:, :, :length], self.dtype)
+        whole = wide(self.buffer.numpy(), self.dtype)
+        content = whole[offset:].reshape(shape)[:, :, :length].copy()
+        whole[offset:].reshape(shape)[:, :, :length] = np.nan
+        assert np.isnan(whole).all(), "written between the lines"
         return content if self.layout == "pixels" else content.transpose(0, 2, 1)
 
     @property
@@ -162,17 +169,38 @@ def address(buffer) -> int | None:
 
 
 def softmax_fisher(
-    features, *, masks=None, present=None, sigma=None, draws=1, seed=0, eps=1e-8, detach=False, weight=None, first_scale=0,
-    all_scales=None, limit=SHARED_LIMIT, memory=None, arch="sm_90", **layout
+    features,
+    *,
+    masks=None,
+    present=None,
+    sigma=None,
+    draws=1,
+    seed=0,
+    eps=1e-8,
+    detach=False,
+    weight=None,
+    first_scale=0,
+    all_scales=None,
+    limit=SHARED_LIMIT,
+    most_blocks=MOST_BLOCKS,
+    arch="sm_90",
+    **layout,
 ):
-    """``features[m][s]``: ``Tensor`` in ``memory``. Without ``weight`` forward: information ``(M, S, B)`` and counts; with it backward:
-    the gradients ``[m][s]`` as ``Tensor``. And the call, launch and report."""
+    """``features[m][s]``: ``Tensor``, all in one memory. Without ``weight`` forward: information ``(M, S, B)`` and counts; with it
+    backward: the gradients ``[m][s]`` as ``Tensor``. And the call, launch and report."""
+    memory = features[0][0].buffer.memory
     modalities, scales, batch = len(features), len(features[0]), features[0][0].shape[0]
     all_scales = all_scales or scales
     kind = "float64" if any(x.dtype == "float64" for row in features for x in row) else "float32"
     call = SoftmaxFisher(
-        modalities=modalities, scales=scales, first_scale=first_scale, all_scales=all_scales, draws=draws, detach_reference=detach,
-        batch=batch, eps=eps,
+        modalities=modalities,
+        scales=scales,
+        first_scale=first_scale,
+        all_scales=all_scales,
+        draws=draws,
+        detach_reference=detach,
+        batch=batch,
+        eps=eps,
     )
     out = SimpleNamespace(gradients=None)
     keep = [None if present is None else memory.put(present.astype(np.uint8)), memory.put(np.array([seed], np.int64))]
@@ -191,7 +219,7 @@ def softmax_fisher(
             for s in range(scales):
                 call.gradients[m * scales + s] = out.gradients[m][s].array
         call.weight = memory.put(weight.astype(np.float64)).address
-    launch = out.launch = plan("softmax_fisher", call, weight is not None, BYTES[kind], limit)
+    launch = out.launch = plan("softmax_fisher", call, weight is not None, BYTES[kind], limit, most_blocks)
     assert launch.shared_bytes >= 0, "a tile does not fit"
     out.call = call
     if weight is None:
@@ -213,16 +241,31 @@ def softmax_fisher(
 
 
 def gradient_statistics(
-    grads, features=None, *, values=None, masks=None, maps=False, eps=1e-8, upstream=None, first_tensor=0, all_tensors=None, memory=None,
-    arch="sm_90", limit=SHARED_LIMIT,
+    grads,
+    features=None,
+    *,
+    values=None,
+    masks=None,
+    maps=False,
+    eps=1e-8,
+    upstream=None,
+    first_tensor=0,
+    all_tensors=None,
+    arch="sm_90",
+    limit=SHARED_LIMIT,
+    most_blocks=MOST_BLOCKS,
 ):
-    """``grads``, ``features``: ``Tensor`` in ``memory``; ``values``: arrays ``(B, P)``. Without ``upstream`` forward: fisher, attribution
-    ``(K, B)`` and maps. With it, ``(fisher weights, square weights, fisher maps, attribution maps)``, backward: to_grads, to_features and
-    to_values. And the call, launch and report."""
-    count, batch = len(grads), grads[0].shape[0]
+    """``grads``, ``features``: ``Tensor``, all in one memory; ``values``: arrays ``(B, P)``. Without ``upstream`` forward: fisher and
+    attribution ``(K, B)``, and maps. With it, the weights of both and upstream maps, backward: to_grads, to_features and to_values. And
+    the call, launch and report."""
+    memory, count, batch = grads[0].buffer.memory, len(grads), grads[0].shape[0]
     all_tensors = all_tensors or count
     kind = "float64" if any(x.dtype == "float64" for x in [*grads, *(features or [])]) else "float32"
-    call, out, backward = GradientStatistics(tensors=count, first_tensor=first_tensor, batch=batch, eps=eps), SimpleNamespace(), upstream is not None
+    call, out, backward = (
+        GradientStatistics(tensors=count, first_tensor=first_tensor, batch=batch, eps=eps),
+        SimpleNamespace(),
+        upstream is not None,
+    )
     fisher_weight, square_weight, fisher_maps, attribution_maps = upstream or (None, None, None, None)
 
     def row(tensor, value=None):
@@ -234,8 +277,8 @@ def gradient_statistics(
         out.to_grads = [Tensor(memory, None, x.dtype, x.layout, shape=x.shape) for x in grads]
         out.to_features = [Tensor(memory, None, x.dtype, x.layout, shape=x.shape) for x in features or []]
         out.to_values = [row(g) for g in grads] if values is not None else []
-        out.fisher_maps = [row(g, x) for g, x in zip(grads, fisher_maps or [])]
-        out.attribution_maps = [row(g, x) for g, x in zip(grads, attribution_maps or [])]
+        out.fisher_maps = [row(g, x) for g, x in zip(grads, fisher_maps or [], strict=False)]
+        out.attribution_maps = [row(g, x) for g, x in zip(grads, attribution_maps or [], strict=False)]
         call.fisher_weight = None if fisher_weight is None else memory.put(fisher_weight.astype(np.float64)).address
         call.attribution_weight = None if square_weight is None else memory.put(square_weight.astype(np.float64)).address
     else:
@@ -260,14 +303,20 @@ def gradient_statistics(
         for name in ("values", "fisher_maps", "attribution_maps", *(["to_values"] if backward else [])):
             if buffers := getattr(out, name):
                 getattr(call, name)[k] = buffers[k].address
-    launch = out.launch = plan("gradient_statistics", call, backward, BYTES[kind], limit)
+    launch = out.launch = plan("gradient_statistics", call, backward, BYTES[kind], limit, most_blocks)
     assert launch.shared_bytes >= 0, "a tile does not fit"
     out.call = call
     if not backward:
         call.partial = memory.empty(launch.blocks * 3, kind).address
     entry = f"gradient_statistics_{'backward' if backward else 'forward'}_{kind}"
     out.report = ptx.run(
-        kernels("gradient_statistics", arch), entry, launch.blocks, launch.threads, [call], memory, shared_bytes=launch.shared_bytes
+        kernels("gradient_statistics", arch),
+        entry,
+        launch.blocks,
+        launch.threads,
+        [call],
+        memory,
+        shared_bytes=launch.shared_bytes,
     )
     assert backward or not arrived.numpy().any()
     return out

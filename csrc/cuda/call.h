@@ -105,14 +105,15 @@ inline void plan_tile(Tiling& t, int64_t planes, int64_t accumulator_bytes, int6
 }
 
 // Tiles first, then the threads, shared memory and blocks of the launch. `rows`: numbers per warp and (per pixel) per tile beside it.
-inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t planes, int64_t accumulator_bytes, int64_t rows) {
+inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t planes, int64_t accumulator_bytes, int64_t rows,
+                          int64_t most_blocks) {
   Launch launch;
   int64_t tiles = 0;
   for (int k = 0; k < count; ++k) tiles += batch * ((tilings[k].pixels + tilings[k].width - 1) / tilings[k].width);
   for (int k = 0; k < count; ++k) {
     Tiling& t = tilings[k];
     const int64_t of_sample = (t.pixels + t.width - 1) / t.width;
-    t.tiles_per_block = int32_t((tiles + kMostBlocks - 1) / kMostBlocks);
+    t.tiles_per_block = int32_t((tiles + most_blocks - 1) / most_blocks);
     t.blocks = (of_sample + t.tiles_per_block - 1) / t.tiles_per_block;
     t.first_block = launch.blocks;
     launch.blocks += batch * t.blocks;
@@ -133,7 +134,7 @@ inline int64_t planes_of(const SoftmaxFisher& call, bool backward) {
 }
 
 // `limit`: the shared memory that a block may have on the device.
-inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit) {
+inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
   const int64_t planes = planes_of(call, backward), reserve = 2048 + 64 * call.modalities * accumulator_bytes;
   for (int s = 0; s < call.scales; ++s) {
     int64_t least_bytes = 8;
@@ -148,12 +149,12 @@ inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes
     }
     plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, limit - reserve);
   }
-  Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1);
+  Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, most_blocks);
   if (launch.shared_bytes > limit) launch.shared_bytes = -1;
   return launch;
 }
 
-inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_bytes, int64_t limit) {
+inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
   const int64_t planes = call.features[0].data ? 2 : 1;
   for (int k = 0; k < call.tensors; ++k) {
     const Tiling& t = call.tilings[k];
@@ -163,7 +164,7 @@ inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_
     if (backward) call.to_features[k].vector = whole_pieces(call.to_features[k], t);
     plan_tile(call.tilings[k], planes, accumulator_bytes, size_of(call.grads[k].dtype), call.grads[k].pixel_lines, limit - 16384);
   }
-  Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3);
+  Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3, most_blocks);
   if (launch.shared_bytes > limit) launch.shared_bytes = -1;
   return launch;
 }
