@@ -40,7 +40,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove builds and caches; .venv stays
-	rm -rf build dist *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	rm -rf build dist *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt modreg_fast/_cuda_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # torch first and by exact version: the package is then built against it, and nothing that follows may bring another.

@@ -17,6 +17,7 @@
 // Sizes: call.h. A pixel gets as many threads as 160 bytes of shared memory for each leave (up to 32), so that 1024 threads fit a
 // multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel, or fewer where that
 // does not fit; a single pixel must.
+#include "launch.h"
 #include "tile.h"
 
 namespace mrf {
@@ -187,6 +188,12 @@ MRF_KERNEL(forward, float32, float)
 MRF_KERNEL(forward, float64, double)
 MRF_KERNEL(backward, float32, float)
 MRF_KERNEL(backward, float64, double)
+
+const char* launch(const GradientStatistics& call, const Launch& launch, bool backward, bool wide, void* stream) {
+  auto* kernel = backward ? (wide ? gradient_statistics_backward_float64 : gradient_statistics_backward_float32)
+                          : (wide ? gradient_statistics_forward_float64 : gradient_statistics_forward_float32);
+  return run_kernel(kernel, call, launch, stream);
+}
 
 }  // namespace cuda
 }  // namespace mrf

@@ -19,6 +19,7 @@
 // multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel. With 1024 channels of
 // two modalities, tiles are larger and 256 to 512 threads fit. Where even that is too large, a tile has fewer pixels, and the rest of each
 // sector comes from L2 when the next block asks for it; a single pixel must fit.
+#include "launch.h"
 #include "philox.h"
 
 namespace mrf {
@@ -275,6 +276,12 @@ MRF_KERNEL(forward_float32, float, false)
 MRF_KERNEL(forward_float64, double, false)
 MRF_KERNEL(backward_float32, float, true)
 MRF_KERNEL(backward_float64, double, true)
+
+const char* launch(const SoftmaxFisher& call, const Launch& launch, bool backward, bool wide, void* stream) {
+  auto* kernel = backward ? (wide ? softmax_fisher_backward_float64 : softmax_fisher_backward_float32)
+                          : (wide ? softmax_fisher_forward_float64 : softmax_fisher_forward_float32);
+  return run_kernel(kernel, call, launch, stream);
+}
 
 }  // namespace cuda
 }  // namespace mrf

@@ -265,5 +265,18 @@ __device__ inline double ordered_sum(const T* partial, int64_t first, int64_t bl
   return sum_over(sum, 1, 32);
 }
 
+// ---- host ----
+
+// Null, or what went wrong.
+template <class Call>
+const char* run_kernel(void (*kernel)(Call), const Call& call, const Launch& launch, void* stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<unsigned(launch.blocks), launch.threads, launch.shared_bytes, static_cast<cudaStream_t>(stream)>>>(call);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace cuda
 }  // namespace mrf

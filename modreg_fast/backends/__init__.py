@@ -28,6 +28,7 @@ class _Entry(NamedTuple):
 # In the order of preference.
 _REGISTRY = {
     "cpu": _Entry(("cpu",), "modreg_fast.backends.cpu"),
+    "cuda": _Entry(("cuda",), "modreg_fast.backends.cuda"),
     "reference": _Entry(None, "modreg_fast.backends.reference"),
 }
 _MODULES: dict[str, ModuleType] = {name: importlib.import_module(entry.module) for name, entry in _REGISTRY.items()}
