@@ -74,6 +74,7 @@ struct Pixel {
   bool counts;
   uint64_t held;
   int modalities_held;
+  T inverse;  // of modalities_held
   uint64_t seed;
   T* rows;  // of the warp: sums of I by modality
 
@@ -84,7 +85,6 @@ struct Pixel {
 
   // q from the mean of the features.
   __device__ void reference() const {
-    const T inverse = T(1) / T(modalities_held);
     const bool exact = (modalities_held & (modalities_held - 1)) == 0;  // a power of two has an exact inverse
     Softmax<T> softmax;
     for (int c = first; c < tile.channels; c += step) {
@@ -94,12 +94,15 @@ struct Pixel {
           const Quad<T> x = load_quad(planes.at(m, p) + c);
           for (int i = 0; i < 4; ++i) mean.at[i] += x.at[i];
         }
-      for (int i = 0; i < 4; ++i) mean.at[i] = exact ? mean.at[i] * inverse : mean.at[i] / T(modalities_held);
+      if (exact)
+        for (int i = 0; i < 4; ++i) mean.at[i] *= inverse;
+      else
+        for (int i = 0; i < 4; ++i) mean.at[i] /= T(modalities_held);
       softmax.add(mean);
       store_quad(q() + c, mean);
     }
     softmax.combine(tiling.lanes);
-    const T inverse_sum = T(1) / softmax.sum;
+    const T inverse_sum = reciprocal(softmax.sum);
     for (int c = first; c < tile.channels; c += step) {
       Quad<T> x = load_quad(q() + c);
       for (int i = 0; i < 4; ++i) x.at[i] = rounded_product(exp2_of((x.at[i] - softmax.top) * kLog2E<T>), inverse_sum);
@@ -139,7 +142,7 @@ struct Pixel {
       for (int draw = 0; draw < draws; ++draw) {
         const Softmax<T> softmax = softmax_of(m, x, noise, draw);
         const T* y = noise ? noisy() : x;
-        const T inverse_sum = T(1) / softmax.sum;
+        const T inverse_sum = reciprocal(softmax.sum);
         // f = log sum + sum_c q_c (top - y_c): both terms are at least 0, nothing cancels.
         T n = 0, distance = 0, pd = 0;
         for (int c = first; c < tile.channels; c += step) {
@@ -154,13 +157,13 @@ struct Pixel {
         }
         n = sum_over(n, 1, tiling.lanes);
         distance = sum_over(distance, 1, tiling.lanes);
-        const T f = logarithm(softmax.sum) + distance + T(call.eps);
+        const T inverse_f = reciprocal(logarithm(softmax.sum) + distance + T(call.eps));
         if constexpr (!Backward) {
-          information += repeats * n / f;
+          information += repeats * n * inverse_f;
         } else {
           pd = sum_over(pd, 1, tiling.lanes);
           const int64_t at = (int64_t(m) * call.all_scales + call.first_scale + scale) * call.batch + tile.sample;
-          const T w = repeats * T(call.weight[at]), a = 2 * w / f, b = w * n / f / f;
+          const T w = repeats * T(call.weight[at]), a = 2 * w * inverse_f, b = w * n * inverse_f * inverse_f;
           // sum_c q (b (y - top) - a d), with sum q d = sum p d - N. J(q) is blind to a number added to all channels: y - top for log p.
           pull_mean -= a * (pd - n) + b * distance;
           gradient(x, y, softmax.top, inverse_sum, pd, a, b, noise && draw > 0, noise && draw + 1 < draws, pulled);
@@ -191,7 +194,6 @@ struct Pixel {
 
   // Adds J(q) pull / (modalities held) to every gradient.
   __device__ void finish(T pull_mean) const {
-    const T inverse = T(1) / T(modalities_held);
     for (int c = first; c < tile.channels; c += step) {
       const Quad<T> reference = load_quad(q() + c), bracket = load_quad(pull() + c);
       for (int m = 0; m < call.modalities; ++m)
@@ -226,6 +228,7 @@ __device__ void run(const SoftmaxFisher& call) {
   const Tiling& tiling = call.tilings[place.tiling];
   const uint64_t held = held_by(call, place.sample);
   const int modalities_held = __popcll(held);
+  const T inverse = T(1) / T(modalities_held);
   bool noise = false;
   for (int m = 0; m < call.modalities; ++m) noise |= call.sigma[m] > 0;
   const uint64_t seed = noise ? *call.seed : 0;
@@ -246,7 +249,7 @@ __device__ void run(const SoftmaxFisher& call) {
     for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
       const int first = (threadIdx.x & (tiling.lanes - 1)) * 4;
       const Pixel<T, Backward> pixel{call, tile, tiling, {shared<T>(), tile.width, tile.pitch}, place.tiling, p, first, tiling.lanes * 4,
-                                     counts[p] != T(0), held, modalities_held, seed, rows_of_warp};
+                                     counts[p] != T(0), held, modalities_held, inverse, seed, rows_of_warp};
       if (modalities_held > 0) pixel.run();
       if (!Backward) add_pixels(counts[p], tiling.lanes, rows_of_warp + call.modalities);
     }

@@ -24,6 +24,13 @@ __device__ inline float exp2_of(float x) {
   return y;
 }
 __device__ inline double exp2_of(double x) { return exp2(x); }
+// To one unit in the last place.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline double reciprocal(double x) { return 1 / x; }
 __device__ inline float maximum(float a, float b) { return fmaxf(a, b); }
 __device__ inline double maximum(double a, double b) { return fmax(a, b); }
 __device__ inline float square_root(float x) { return sqrtf(x); }
@@ -97,28 +104,36 @@ __device__ inline T* shared() { return reinterpret_cast<T*>(shared_memory); }
 
 // ---- copies between memory and tile ----
 
-// The pieces of N elements of a tile that fall to a thread, channels rounded up to a multiple of four.
+// The pieces of N elements of a tile that fall to a thread, channels rounded up to a multiple of four: where each lies in memory (`offset`
+// elements behind the tile's first) and in the tile (`index`).
 template <int N>
 struct Pieces {
   bool pixel_lines;
-  int across, first, line, k, lines, length;
+  int across, first, line, k, lines, length, index, line_step, pitch;
+  int64_t offset, line_stride;
 
-  __device__ Pieces(const Array& x, const Tile& t) : pixel_lines(x.pixel_lines), across(0) {
+  __device__ Pieces(const Array& x, const Tile& t) : pixel_lines(x.pixel_lines), across(0), pitch(t.pitch), line_stride(x.line_stride) {
     const int channels = (t.channels + 3) & ~3;
     lines = pixel_lines ? channels : t.width, length = pixel_lines ? t.width : channels;
     // 2^across neighbouring threads on a line. Of a line of pixels 64 aligned bytes: whole sectors, and few conflicts between the banks in
     // which pixels start.
     const int most = pixel_lines && N > 1 ? 2 : 5;
     while (across < most && (N << across) < length) ++across;
-    first = k = (threadIdx.x & ((1 << across) - 1)) * N;
+    first = (threadIdx.x & ((1 << across) - 1)) * N, line_step = blockDim.x >> across;
     line = first < length ? threadIdx.x >> across : lines;
+    start_line();
   }
   __device__ bool valid() const { return line < lines; }
   __device__ int pixel() const { return pixel_lines ? k : line; }
   __device__ int channel() const { return pixel_lines ? line : k; }
+  __device__ void start_line() {
+    k = first, offset = line * line_stride + k;
+    index = pixel_lines ? k * pitch + line : line * pitch + k;
+  }
   __device__ void next() {
-    k += N << across;
-    if (k >= length) k = first, line += blockDim.x >> across;
+    const int step = N << across;
+    k += step, offset += step, index += pixel_lines ? step * pitch : step;
+    if (k >= length) line += line_step, start_line();
   }
 };
 
@@ -154,9 +169,9 @@ __device__ inline void read_tile(const Array& x, const Tile& t, T* tile, float p
       int to[batch];
 #pragma unroll
       for (int j = 0; j < batch; ++j) {
-        to[j] = at.valid() ? at.pixel() * t.pitch + at.channel() : -1;
+        to[j] = at.valid() ? at.index : -1;
         if (at.valid() && at.pixel() < t.count && at.channel() < t.channels) {
-          const Storage* from = start + at.line * x.line_stride + at.k;
+          const Storage* from = start + at.offset;
           if constexpr (n > 1) {
             const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
             __builtin_memcpy(&pieces[j], &raw, sizeof raw);
@@ -188,13 +203,12 @@ __device__ inline void write_tile(const Array& x, const Tile& t, const T* tile, 
 #pragma unroll 1
     for (Pieces<n> at(x, t); at.valid(); at.next()) {
       if (at.pixel() >= t.count || at.channel() >= t.channels) continue;
-      const int from = at.pixel() * t.pitch + at.channel();
       P piece;
       for (int i = 0; i < n; ++i) {
         const bool here = counts != nullptr && counts[at.pixel() + i * next_pixel] != T(0);
-        narrow(here ? tile[from + i * step] : T(0), piece.at[i]);
+        narrow(here ? tile[at.index + i * step] : T(0), piece.at[i]);
       }
-      *reinterpret_cast<P*>(start + at.line * x.line_stride + at.k) = piece;
+      *reinterpret_cast<P*>(start + at.offset) = piece;
     }
   });
 }
@@ -222,13 +236,17 @@ __device__ inline void store_quad(T* p, const Quad<T>& x) { *reinterpret_cast<Qu
 
 template <class T>
 __device__ inline T sum_over(T x, int first, int end) {  // lanes that differ in the bits [first, end) of their number; the same bits in all
-  for (int o = first; o < end; o *= 2) x += __shfl_xor_sync(kWarp, x, o);
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2)
+    if (o >= first && o < end) x += __shfl_xor_sync(kWarp, x, o);
   return x;
 }
 
 template <class T>
 __device__ inline T maximum_over(T x, int lanes) {
-  for (int o = 1; o < lanes; o *= 2) x = maximum(x, __shfl_xor_sync(kWarp, x, o));
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2)
+    if (o < lanes) x = maximum(x, __shfl_xor_sync(kWarp, x, o));
   return x;
 }
 
