@@ -13,7 +13,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all demo bench lint format clean
+.PHONY: help test test-all demo bench gpu-report lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,6 +29,9 @@ demo: $(READY)  ## train on real data and print the table of the README
 
 bench: $(READY)  ## time and memory against eager PyTorch and torch.compile
 	$(BIN)/modreg-fast bench --output bench_output
+
+gpu-report: $(READY)  ## what is known of the CUDA kernels without a GPU: resources, occupancy, instructions; needs nvcc
+	$(BIN)/python benchmarks/cuda_report.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
