@@ -97,7 +97,7 @@ def main() -> None:
         cells = (f"{r[0]}, {r[1]}, {r[3]}" for r in (found[arch][name] for arch in MULTIPROCESSORS))
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(
-        "\n## Launches\n\nShared memory in KiB per block on sm_90, occupancy, PTX instructions per element as executed, bytes per element moved.\n"
+        "\n## Launches\n\nShared memory of a block in KiB (sm_90), occupancy; per element executed PTX instructions and bytes moved.\n"
     )
     print(
         "| op | channels | dtype | side by side | pass | tile | threads | KiB | "

@@ -17,7 +17,7 @@
 //
 // Sizes: call.h. A pixel gets as many threads as 160 bytes of shared memory for each leave (up to 32), so that 1024 threads fit a
 // multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel. With 1024 channels of
-// two modalities, tiles are larger and 256 to 512 threads fit. Where even that is too large, a tile has fewer pixels, and the rest of each
+// two modalities, tiles are larger and 128 to 512 threads fit. Where even that is too large, a tile has fewer pixels, and the rest of each
 // sector comes from L2 when the next block asks for it; a single pixel must fit.
 #include "launch.h"
 #include "philox.h"
