@@ -81,8 +81,9 @@ __device__ inline Place place_of_block(const Tiling* tilings, int count) {
   int k = count - 1;
   while (tilings[k].first_block > blockIdx.x) --k;
   const Tiling& t = tilings[k];
-  const unsigned local = unsigned(blockIdx.x - t.first_block), sample = local / unsigned(t.blocks), part = local - sample * unsigned(t.blocks);
-  const int64_t first = int64_t(part) * t.tiles_per_block, end = first + t.tiles_per_block, tiles = divided(t.pixels + t.width - 1, t.width);
+  const unsigned blocks = unsigned(t.blocks), local = unsigned(blockIdx.x - t.first_block), sample = local / blocks;
+  const int64_t first = int64_t(local - sample * blocks) * t.tiles_per_block, end = first + t.tiles_per_block;
+  const int64_t tiles = divided(t.pixels + t.width - 1, t.width);
   return {k, sample, first, end < tiles ? end : tiles};
 }
 
