@@ -18,7 +18,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all demo bench lint format clean
+.PHONY: help test test-all demo bench gpu-report lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +35,9 @@ demo: $(READY)  ## train on real data and print the table of the README
 bench: $(READY)  ## time and memory against eager PyTorch and torch.compile
 	$(BIN)/modreg-fast bench --output bench_output
 
+gpu-report: $(READY)  ## what is known of the CUDA kernels without a GPU: resources, occupancy, instructions; needs nvcc
+	$(BIN)/python benchmarks/cuda_report.py
+
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +48,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove builds and caches; .venv stays
-	rm -rf build dist *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	rm -rf build dist *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt modreg_fast/_cuda_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # torch first and by exact version: the package is then built against it, and nothing that follows may bring another.

@@ -1,13 +1,17 @@
 """Builds the native extension with ninja: each kernel source once per instruction set, then the binding on LibTorch's stable ABI.
 
-Without a compiler the package still installs, and modreg_fast.backends() says why the native backend is missing.
+Where an nvcc is found (in CUDA_HOME or on PATH), the CUDA kernels are built too, whether or not torch has CUDA. Without a compiler the
+package still installs, and modreg_fast.backends() says why a native backend is missing.
 
-Environment: MODREG_FAST_SKIP_NATIVE=1 builds no native code; MODREG_FAST_BUILD_HARNESS=1 also builds the development harness of the
-inner functions (pybind11, for the tests); CXX names the compiler; MAX_JOBS limits the parallel compilations.
+Environment: MODREG_FAST_SKIP_NATIVE=1 builds no native code, MODREG_FAST_SKIP_CUDA=1 none for CUDA; with MODREG_FAST_FORCE_CUDA=1 a
+CUDA part that cannot be built is an error; TORCH_CUDA_ARCH_LIST as in torch, by default "8.0;9.0;10.0+PTX"; MODREG_FAST_BUILD_HARNESS=1
+also builds the development harness of the inner functions (pybind11, for the tests); CXX names the compiler; MAX_JOBS limits the
+parallel compilations.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -50,8 +54,8 @@ class Ninja:
             "rule link\n  command = $cxx -shared $in -o $out $extra",
         ]
 
-    def compile(self, source: str, name: str, extra: str) -> str:
-        self.lines.append(f"build {name}.o: compile {ROOT / 'csrc' / source}\n  extra = {extra}")
+    def compile(self, source: str, name: str, extra: str, rule: str = "compile") -> str:
+        self.lines.append(f"build {name}.o: {rule} {ROOT / 'csrc' / source}\n  extra = {extra}")
         return f"{name}.o"
 
     def link(self, objects: list[str], target: Path, extra: str = "") -> None:
@@ -71,13 +75,57 @@ def cpu_objects(ninja: Ninja) -> list[str]:
     return objects
 
 
-def build_native(ninja: Ninja, target: Path) -> None:
+class Nvcc:
+    """The CUDA compiler; ``RuntimeError`` with the reason where there is none to use."""
+
+    def __init__(self) -> None:
+        if os.environ.get("MODREG_FAST_SKIP_CUDA") == "1":
+            raise RuntimeError("it was skipped (MODREG_FAST_SKIP_CUDA=1)")
+        home = os.environ.get("CUDA_HOME")
+        self.program = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        if self.program is None:
+            raise RuntimeError(f"no nvcc was found {f'in CUDA_HOME={home}' if home else 'on PATH'} when it was installed")
+        # nvcc itself says where its libraries are, also behind a wrapper.
+        dry = subprocess.run([self.program, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
+        paths = " ".join(dict.fromkeys(re.findall(r'"(-L[^"]*)"', dry)))
+        # Static and hidden, so that it stays apart from the CUDA runtime that torch brings.
+        self.libraries = f"{paths} -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
+        known = subprocess.run([self.program, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";")
+        self.architectures, self.flags = [], ""
+        for entry in filter(None, requested):
+            version = entry.removesuffix("+PTX").replace(".", "")
+            if f"compute_{version.rstrip('af')}" not in known:
+                continue
+            self.architectures.append(f"sm_{version}")
+            self.flags += f" -gencode arch=compute_{version},code=sm_{version}"
+            if entry.endswith("+PTX"):
+                self.flags += f" -gencode arch=compute_{version},code=compute_{version}"
+        if not self.architectures:
+            raise RuntimeError(f"{self.program} supports none of the architectures {';'.join(requested)}")
+
+
+def cuda_objects(ninja: Ninja, nvcc: Nvcc, includes: str) -> list[str]:
+    ninja.lines.append(
+        f"rule cuda\n  command = {nvcc.program} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC {nvcc.flags} -MD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc"
+    )
+    objects = [ninja.compile(f"cuda/{stem}.cu", f"{stem}.cuda", "", "cuda") for stem in (*KERNELS, "launch")]
+    define = f"-DMRF_CUDA_ARCHITECTURES='\"{', '.join(nvcc.architectures)}\"'"
+    return [*objects, ninja.compile("cuda/module.cpp", "module.cuda", f"{includes} {STABLE_ABI} {define}")]
+
+
+def build_native(ninja: Ninja, target: Path, nvcc: Nvcc | None) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = " ".join(f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")])
-    binding = ninja.compile("module.cpp", "module", f"{includes} {STABLE_ABI}")
-    libraries = " ".join(f"-L{path}" for path in library_paths())
-    ninja.link([binding, *cpu_objects(ninja)], target, f"{libraries} -ltorch -ltorch_cpu -lc10")
+    objects = [ninja.compile("module.cpp", "module", f"{includes} {STABLE_ABI}"), *cpu_objects(ninja)]
+    libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+    if nvcc is not None:
+        objects += cuda_objects(ninja, nvcc, includes)
+        libraries += f" {nvcc.libraries}"
+    ninja.link(objects, target, libraries)
+    ninja.run()
 
 
 def build_harness(ninja: Ninja, target: Path) -> None:
@@ -89,6 +137,20 @@ def build_harness(ninja: Ninja, target: Path) -> None:
         objects.append(ninja.compile("harness/inner.cpp", f"inner.{isa}", f"-DMRF_ISA={isa} {flags}"))
         objects.append(ninja.compile("cpu/softmax_fisher.cpp", f"softmax_fisher.{isa}", f"-DMRF_ISA={isa} {flags}"))
     ninja.link(objects, target)
+    ninja.run()
+
+
+def build_with_cuda(directory: Path, compiler: str, target: Path, reason: Path) -> None:
+    """With the CUDA kernels where they can be built; else without, and the reason goes to a file that backends() reads."""
+    try:
+        build_native(Ninja(directory, compiler), target, Nvcc())
+        reason.unlink(missing_ok=True)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        if os.environ.get("MODREG_FAST_FORCE_CUDA") == "1":
+            raise
+        print(f"WARNING: modreg_fast is built without CUDA: {error}")
+        build_native(Ninja(directory, compiler), target, None)
+        reason.write_text(f"the native extension was built without CUDA: {error}\n")
 
 
 class BuildNative(build_ext):
@@ -96,17 +158,21 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         harness = ext.name.endswith("_harness")
-        reason = (ROOT / "modreg_fast" if self.inplace else target.parent) / "_native_missing.txt"
+        package = ROOT / "modreg_fast" if self.inplace else target.parent
+        reason = package / "_native_missing.txt"
         compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
         try:
             if compiler is None:
                 raise RuntimeError("no C++ compiler was found when it was installed")
-            ninja = Ninja(Path(self.build_temp).absolute() / ext.name, compiler)
-            (build_harness if harness else build_native)(ninja, target)
-            ninja.run()
-            if not harness:
+            directory = Path(self.build_temp).absolute() / ext.name
+            if harness:
+                build_harness(Ninja(directory, compiler), target)
+            else:
+                build_with_cuda(directory, compiler, target, package / "_cuda_missing.txt")
                 reason.unlink(missing_ok=True)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+            if os.environ.get("MODREG_FAST_FORCE_CUDA") == "1":
+                raise
             print(f"WARNING: {ext.name} was not built, the package works without it: {error}")
             if not harness:
                 reason.write_text(f"the native extension was not built: {error}; install a C++17 compiler and install again\n")

@@ -30,6 +30,7 @@ _REGISTRY = {
     "cpu": _Entry(("cpu",), "modreg_fast.backends.cpu"),
     # CPU tensors are for Triton's interpreter alone.
     "triton": _Entry(("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",), "modreg_fast.backends.triton"),
+    "cuda": _Entry(("cuda",), "modreg_fast.backends.cuda"),
     "reference": _Entry(None, "modreg_fast.backends.reference"),
 }
 _MODULES: dict[str, ModuleType] = {name: importlib.import_module(entry.module) for name, entry in _REGISTRY.items()}

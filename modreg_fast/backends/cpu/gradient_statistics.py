@@ -1,4 +1,6 @@
-"""``gradient_statistics`` by the native kernels. Signatures and definitions: ``backends/reference/gradient_statistics.py``."""
+"""``gradient_statistics`` by the native kernels, of the CPU or of CUDA, where the tensors are.
+
+Signatures and definitions: ``backends/reference/gradient_statistics.py``."""
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ def _prepared(
     grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """What the kernels read: gradient and feature in one layout, values in the accumulation type of their tensor."""
+    if grads[0].is_cuda and accumulation_dtype([*grads, *features, *values]) == torch.float64:  # one accumulation type per launch
+        grads, features = ([x.double() for x in tensors] for tensors in (grads, features))
     grads = [in_layout(g) for g in grads]
     features = [in_layout(e, layout_of(g)) for g, e in zip(grads, features, strict=True)] if features else []
     values = [f.to(accumulation_dtype([g])).contiguous() for g, f in zip(grads, values, strict=True)] if values else []
@@ -48,12 +52,12 @@ def backward(
     masks: list[Tensor],
     eps: float,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    value_dtypes = [f.dtype for f in values]
+    dtypes = [[x.dtype for x in tensors] for tensors in (grads, features, values)]
     grads, features, values, masks = _prepared(grads, features, values, masks)
-    if masks:
-        counts = torch.stack([m.sum(1) for m in masks]).clamp(min=1)
-    else:
-        counts = torch.tensor([[g.shape[2]] for g in grads])
+    fisher_weight = grad_fisher.double()
+    if values:
+        counts = [m.sum(1).clamp(min=1) for m in masks] if masks else [g.shape[2] for g in grads]
+        fisher_weight = torch.stack([u / count for u, count in zip(fisher_weight, counts, strict=True)])
     attribution = attribution.double()
     attribution_weight = torch.where(attribution == 0, 0, grad_attribution.double() / (2 * attribution))
 
@@ -63,7 +67,7 @@ def backward(
     to_grads, to_features = ([empty_in_layout(x, layout_of(x)) for x in tensors] for tensors in (grads, features))
     to_values = [torch.empty_like(f) for f in values]
     torch.ops.modreg_fast_native.gradient_statistics_backward(
-        (grad_fisher.double() / counts if values else grad_fisher.double()).contiguous(),
+        fisher_weight.contiguous(),
         attribution_weight.contiguous(),
         map_grads(grad_fisher_maps),
         map_grads(grad_attribution_maps),
@@ -76,4 +80,6 @@ def backward(
         to_features,
         to_values,
     )
-    return to_grads, to_features, [x.to(dtype) for x, dtype in zip(to_values, value_dtypes, strict=True)]
+    outputs = (to_grads, to_features, to_values)
+    narrowed = [[x.to(d) for x, d in zip(tensors, kinds, strict=True)] for tensors, kinds in zip(outputs, dtypes, strict=True)]
+    return narrowed[0], narrowed[1], narrowed[2]

@@ -1,4 +1,6 @@
-"""``softmax_fisher`` by the native kernels. Signatures and definitions: ``backends/reference/softmax_fisher.py``."""
+"""``softmax_fisher`` by the native kernels, of the CPU or of CUDA, where the tensors are.
+
+Signatures and definitions: ``backends/reference/softmax_fisher.py``."""
 
 import torch
 from torch import Tensor
@@ -6,7 +8,7 @@ from torch import Tensor
 from modreg_fast.backends.cpu.layout import empty_in_layout, in_layout, layout_of
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 
-_MOST_MODALITIES = 64
+_MOST_MODALITIES = {"cpu": 64, "cuda": 48}
 
 
 def forward(
@@ -18,8 +20,11 @@ def forward(
     seed: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if len(sigma) > _MOST_MODALITIES:
-        raise ValueError(f"softmax_fisher: backend 'cpu' takes at most {_MOST_MODALITIES} modalities, got {len(sigma)}")
+    device = features[0].device.type
+    if len(sigma) > _MOST_MODALITIES[device]:
+        raise ValueError(
+            f"softmax_fisher: backend {device!r} takes at most {_MOST_MODALITIES[device]} modalities, got {len(sigma)}"
+        )
     batch, scales = features[0].shape[0], len(features) // len(sigma)
     information = features[0].new_empty((len(sigma), scales, batch), dtype=accumulation_dtype(features))
     counts = features[0].new_empty((scales, batch), dtype=torch.int64)

@@ -1,0 +1,173 @@
+// What the host hands to a CUDA kernel, by value, and the division of a launch into blocks. Plain C++: no CUDA and no torch here.
+//
+// The caller describes tensors and results; plan() fills the fields marked "plan". A table fits the 4 KiB of a kernel's parameters; a call
+// with more scales or tensors takes several launches.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace mrf {
+namespace cuda {
+
+// (B, C, P) in memory, strides in elements. A line is what lies side by side: the pixels of a channel, or the channels of a pixel.
+struct Array {
+  void* data;
+  int64_t sample_stride, line_stride;
+  DType dtype;
+  uint8_t pixel_lines;
+  uint8_t vector;  // plan: every line is whole pieces of 16 aligned bytes
+};
+
+// A run of tensors of one shape: a scale of softmax_fisher, a tensor of gradient_statistics.
+struct Tiling {
+  int64_t channels, pixels;
+  const uint8_t* mask;       // (B, P) or null: every pixel counts
+  int64_t first_block;       // plan; block = first_block + sample * blocks + part of the sample
+  int64_t blocks;            // plan: per sample
+  int32_t tiles_per_block;   // plan
+  int32_t width;             // plan: pixels of a tile, a power of two
+  int32_t pitch;             // plan: from pixel to pixel of a tile in shared memory, in elements
+  int32_t lanes;             // plan: threads that share a pixel, a power of two up to 32
+};
+
+constexpr int kMostScales = 8, kMostArrays = 48, kMostTensors = 14;
+constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 512 : 256; }
+
+struct SoftmaxFisher {
+  int32_t modalities, scales;          // modalities * scales <= kMostArrays
+  int32_t first_scale, all_scales;     // of the call, of which this launch may be a part
+  int32_t draws, detach_reference;
+  int64_t batch;
+  double eps;
+  const uint8_t* present;              // (B, M) or null
+  const int64_t* seed;
+  void* information;                   // (M, all_scales, B) in the accumulation type
+  int64_t* counts;                     // (all_scales, B)
+  void* partial;                       // [blocks][modalities + 1] in the accumulation type
+  uint32_t* arrived;                   // [scales][B], 0 before and after a launch
+  const double* weight;                // (M, all_scales, B), backward only: upstream gradient / (valid pixels * draws)
+  Tiling tilings[kMostScales];
+  double sigma[kMostArrays];           // [modalities]
+  Array features[kMostArrays];         // [modalities][scales]
+  Array gradients[kMostArrays];        // the same, backward only
+};
+
+struct GradientStatistics {
+  int32_t tensors, first_tensor;
+  int64_t batch;
+  double eps;
+  void *fisher, *attribution;          // (all tensors, B) in the accumulation type, or null
+  void* partial;                       // [blocks][3] in the accumulation type
+  uint32_t* arrived;                   // [tensors][B], 0 before and after a launch
+  const double *fisher_weight, *attribution_weight;  // (all tensors, B), backward only, of sum_c g^2 / (f + eps) and of sum_c (g e)^2
+  Tiling tilings[kMostTensors];
+  Array grads[kMostTensors], features[kMostTensors];        // features: data null where there are none
+  Array to_grads[kMostTensors], to_features[kMostTensors];  // backward only
+  // (B, P) in the accumulation type, or null. Maps: results in the forward pass, upstream gradients in the backward pass.
+  void *values[kMostTensors], *to_values[kMostTensors], *fisher_maps[kMostTensors], *attribution_maps[kMostTensors];
+};
+
+static_assert(sizeof(SoftmaxFisher) <= 4096 && sizeof(GradientStatistics) <= 4096, "fits the parameters of a kernel");
+
+struct Launch {
+  int64_t blocks = 0;
+  int32_t threads = 32, shared_bytes = 0;  // shared_bytes -1: a tile does not fit
+};
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Blocks of a launch, at most: beyond, a block takes several tiles one after the other, and the last block has fewer results to add up.
+constexpr int64_t kMostBlocks = 8192;
+// Shared memory for each thread, as far as the number of channels allows: then an A100 holds 1024 threads, half of its limit.
+constexpr int64_t kBytesPerThread = 160;
+constexpr int64_t kSectorBytes = 32;
+
+inline bool whole_pieces(const Array& x, const Tiling& t) {
+  const int64_t bytes = size_of(x.dtype), length = x.pixel_lines ? t.pixels : t.channels;
+  return !((reinterpret_cast<uintptr_t>(x.data) | x.sample_stride * bytes | x.line_stride * bytes | length * bytes) & 15);
+}
+
+// Sizes of the tiles of one tiling whose arrays have elements of `least_bytes` or more, `planes` of them in shared memory.
+inline void plan_tile(Tiling& t, int64_t planes, int64_t accumulator_bytes, int64_t least_bytes, bool pixel_lines, int64_t limit) {
+  const int64_t quads = (t.channels + 3) / 4, quad_bytes = 4 * accumulator_bytes * planes;
+  int64_t lanes = 1, width = 1;
+  while (lanes < 32 && (quads + lanes - 1) / lanes * quad_bytes > kBytesPerThread) lanes *= 2;
+  const int64_t least = 32 / lanes, sector = pixel_lines ? kSectorBytes / least_bytes : 1;
+  while (width < std::max(256 / lanes, sector) && width < t.pixels) width *= 2;
+  width = std::max(width, least);
+  t.pitch = int32_t(4 * quads + (quads % 2 ? 0 : 4));  // pixels start in different banks
+  while (width > least && width * t.pitch * planes * accumulator_bytes > limit) width /= 2;
+  t.width = int32_t(width), t.lanes = int32_t(lanes);
+}
+
+// Tiles first, then the threads, shared memory and blocks of the launch. `rows`: numbers per warp and (per pixel) per tile beside it.
+inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t planes, int64_t accumulator_bytes, int64_t rows,
+                          int64_t most_blocks) {
+  Launch launch;
+  int64_t tiles = 0;
+  for (int k = 0; k < count; ++k) tiles += batch * ((tilings[k].pixels + tilings[k].width - 1) / tilings[k].width);
+  for (int k = 0; k < count; ++k) {
+    Tiling& t = tilings[k];
+    const int64_t of_sample = (t.pixels + t.width - 1) / t.width;
+    t.tiles_per_block = int32_t((tiles + most_blocks - 1) / most_blocks);
+    t.blocks = (of_sample + t.tiles_per_block - 1) / t.tiles_per_block;
+    t.first_block = launch.blocks;
+    launch.blocks += batch * t.blocks;
+    launch.threads = std::max(launch.threads, std::min(t.width * t.lanes, most_threads(accumulator_bytes)));
+  }
+  const int64_t warp_rows = launch.threads / 32 * rows;
+  for (int k = 0; k < count; ++k) {
+    const int64_t elements = int64_t(tilings[k].width) * (tilings[k].pitch * planes + 4) + warp_rows;
+    launch.shared_bytes = int32_t(std::max<int64_t>(launch.shared_bytes, std::min<int64_t>(elements * accumulator_bytes, INT32_MAX)));
+  }
+  return launch;
+}
+
+inline int64_t planes_of(const SoftmaxFisher& call, bool backward) {
+  bool noise = false;
+  for (int m = 0; m < call.modalities; ++m) noise |= call.sigma[m] > 0;
+  return call.modalities + (backward ? 2 : 1) + (noise ? (backward ? 2 : 1) : 0);
+}
+
+// `limit`: the shared memory that a block may have on the device.
+inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+  const int64_t planes = planes_of(call, backward), reserve = 2048 + 64 * call.modalities * accumulator_bytes;
+  for (int s = 0; s < call.scales; ++s) {
+    int64_t least_bytes = 8;
+    bool pixel_lines = false;
+    for (int m = 0; m < call.modalities; ++m) {
+      Array& x = call.features[m * call.scales + s];
+      Array& dx = call.gradients[m * call.scales + s];
+      x.vector = whole_pieces(x, call.tilings[s]);
+      if (backward) dx.vector = whole_pieces(dx, call.tilings[s]);
+      least_bytes = std::min(least_bytes, size_of(x.dtype));
+      pixel_lines |= x.pixel_lines;
+    }
+    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, limit - reserve);
+  }
+  Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, most_blocks);
+  if (launch.shared_bytes > limit) launch.shared_bytes = -1;
+  return launch;
+}
+
+inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+  const int64_t planes = call.features[0].data ? 2 : 1;
+  for (int k = 0; k < call.tensors; ++k) {
+    const Tiling& t = call.tilings[k];
+    call.grads[k].vector = whole_pieces(call.grads[k], t);
+    call.features[k].vector = whole_pieces(call.features[k], t);
+    if (backward) call.to_grads[k].vector = whole_pieces(call.to_grads[k], t);
+    if (backward) call.to_features[k].vector = whole_pieces(call.to_features[k], t);
+    plan_tile(call.tilings[k], planes, accumulator_bytes, size_of(call.grads[k].dtype), call.grads[k].pixel_lines, limit - 16384);
+  }
+  Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3, most_blocks);
+  if (launch.shared_bytes > limit) launch.shared_bytes = -1;
+  return launch;
+}
+
+}  // namespace cuda
+}  // namespace mrf

@@ -1,0 +1,25 @@
+"""The CUDA C++ backend: the raw ops ``modreg_fast_native::*`` on tensors on a GPU, built from csrc/cuda. What prepares their arguments is
+the same as on the CPU."""
+
+from pathlib import Path
+
+import torch
+
+from modreg_fast.backends.cpu import gradient_statistics, softmax_fisher
+from modreg_fast.backends.cpu import status as native_status
+
+__all__ = ["gradient_statistics", "softmax_fisher", "status"]
+
+
+def status() -> tuple[bool, str]:
+    """Usable where the extension was built with CUDA and torch has a GPU; with the architectures it was built for."""
+    available, detail = native_status()
+    if not available:
+        return False, detail
+    if not hasattr(torch.ops.modreg_fast_native, "cuda_architectures"):
+        reason = Path(__file__).parents[2] / "_cuda_missing.txt"
+        return False, reason.read_text().strip() if reason.exists() else "the native extension was built without CUDA"
+    built_for = f"kernels for {torch.ops.modreg_fast_native.cuda_architectures()}"
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False, f"{built_for}, but torch {torch.__version__} finds no NVIDIA GPU"
+    return True, built_for
