@@ -216,6 +216,29 @@ def test_fault_is_caught(name, arch):
         assert "line " in str(caught.value)
 
 
+REPLICATED = r"""
+extern "C" __global__ void replicated(float* y, int fault) {
+  __shared__ float s[32];
+  const int t = threadIdx.x;
+  s[t % 32] = t % 32 + fault * (t / 32);
+  __syncthreads();
+  y[t] = s[t % 32];
+}
+"""
+
+
+@pytest.mark.parametrize("fault", [0, 1])
+def test_several_warps_may_store_one_value_where_that_is_allowed(fault):
+    """As Triton's kernels do; two values are never allowed."""
+    memory = ptx.Memory()
+    y, text = memory.empty(64, np.float32), ptx.cuda_to_ptx(REPLICATED, "sm_90")
+    with pytest.raises(ptx.SharedRace, match="of shared memory" if not fault else "gets two values"):
+        ptx.run(text, "replicated", 1, 64, [y, fault], memory, replicated=bool(fault))
+    if not fault:
+        ptx.run(text, "replicated", 1, 64, [y, fault], memory, replicated=True)
+        np.testing.assert_array_equal(y.numpy(), np.arange(64) % 32)
+
+
 def test_message_names_thread_line_and_address():
     with pytest.raises(ptx.OutOfBounds) as caught:
         launch("load_behind_the_end", "sm_90", 1)

@@ -59,6 +59,16 @@ def gradient_statistics(*, channels, dtype=torch.float32, channels_last=False, m
     return statistics.backward_launches(result, result, of_maps, of_maps, result, g, e, f, masks, 1e-8)[1][-1]
 
 
+def spilled(*, channels, backward, noisy, channels_last, modalities, masked, dtype=torch.float32):
+    """Bytes a thread that may spill, of softmax_fisher: none, but for two corners of the backward pass with masks."""
+    if backward and masked:
+        if noisy and modalities > 2:
+            return 8
+        if not noisy and modalities <= 2 and channels_last and channels == 1024 and dtype == torch.bfloat16:
+            return 16
+    return 0
+
+
 def check_resources(launch, architecture, spilled=0):
     kernel = compile_for(launch, GPUTarget("cuda", architecture, 32))
     found = sass.resources(kernel.asm["cubin"])
@@ -73,9 +83,9 @@ ROWS = list(itertools.product((False, True), (False, True), (False, True), (2, 4
 
 @pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
 def test_no_spills_and_half_of_the_threads(backward, noisy, channels_last, modalities):
-    check_resources(
-        softmax_fisher(channels=64, backward=backward, noisy=noisy, channels_last=channels_last, modalities=modalities), 90
-    )
+    """Where most registers are needed: with masks, on sm_100."""
+    options = {"backward": backward, "noisy": noisy, "channels_last": channels_last, "modalities": modalities}
+    check_resources(softmax_fisher(channels=64, masked=True, **options), 100, spilled(channels=64, masked=True, **options))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -92,18 +102,10 @@ def test_many_channels_and_gradient_statistics(architecture, backward, channels_
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
 def test_resources_of_everything(architecture, dtype, masked, backward, noisy, channels_last, modalities):
-    """Spills: none in the forward pass, few registers in the backward pass."""
     for channels in (2, 19, 64, 256, 1024):
-        launch = softmax_fisher(
-            channels=channels,
-            dtype=dtype,
-            backward=backward,
-            noisy=noisy,
-            channels_last=channels_last,
-            modalities=modalities,
-            masked=masked,
-        )
-        check_resources(launch, architecture, (64 if noisy else 32) if backward else 0)
+        options = {"channels": channels, "dtype": dtype, "backward": backward, "noisy": noisy, "masked": masked}
+        options |= {"channels_last": channels_last, "modalities": modalities}
+        check_resources(softmax_fisher(**options), architecture, spilled(**options))
 
 
 @pytest.mark.slow
@@ -115,7 +117,7 @@ def test_resources_of_all_gradient_statistics(architecture, dtype, backward, cha
         launch = gradient_statistics(
             channels=channels, dtype=dtype, backward=backward, channels_last=channels_last, maps=maps, masked=masked
         )
-        check_resources(launch, architecture, 16 if maps and backward else 0)
+        check_resources(launch, architecture, 16 if maps and backward and masked else 0)
 
 
 def widths(kernel, kind):

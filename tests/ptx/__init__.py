@@ -16,7 +16,8 @@ written by hand. See ``test_ptx_kernels.py`` and ``test_ptx_triton.py``.
 - ``Misaligned``: an address that is not a multiple of the access, a vector counted as a whole
 - ``Uninitialized``: a read of global, shared or local memory that nobody wrote, also of bytes that ``cp.async`` has yet to deliver
 - ``SharedRace``: two threads at one byte of shared memory, one writing, with no barrier of the block between them, or of the whole warp for
-  threads of one warp. Shuffles and votes do not order memory, as in CUDA. Lanes of a warp may write the same value in one instruction
+  threads of one warp. Shuffles and votes do not order memory, as in CUDA. Lanes of a warp may write the same value in one instruction;
+  in Triton's kernels, which rely on it, lanes of several warps too
 - ``GlobalConflict``: two threads that store to one byte of global memory in a launch; ``ld.global.nc`` of a byte stored in it
 - ``BarrierError``: a barrier that not all live threads of the block reach, or that they wait for at different instructions
 - ``WarpError``: a shuffle, vote, match, reduction or warp barrier whose member mask names a lane that never comes, even one that has

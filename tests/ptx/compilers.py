@@ -63,7 +63,8 @@ class TritonKernel:
         hidden = [0] * (len(parse_once(self.ptx).functions[self.name].parameters) - len(values))
         if self.scratch:
             hidden[0] = memory.empty(self.scratch * programs, "u1", "scratch")
-        return run(self.ptx, self.name, grid, 32 * self.source.warps, values + hidden, memory, shared_bytes=self.shared)
+        threads = 32 * self.source.warps
+        return run(self.ptx, self.name, grid, threads, values + hidden, memory, shared_bytes=self.shared, replicated=True)
 
 
 def triton_to_ptx(*sources: TritonSource) -> list[TritonKernel]:

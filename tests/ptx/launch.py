@@ -35,13 +35,22 @@ class Report:
 
 
 def run(
-    ptx_text: str, entry: str, grid, block, args, memory: Memory, shared_bytes: int = 0, max_steps: int = 2_000_000
+    ptx_text: str,
+    entry: str,
+    grid,
+    block,
+    args,
+    memory: Memory,
+    shared_bytes: int = 0,
+    max_steps: int = 2_000_000,
+    replicated: bool = False,
 ) -> Report:
     """Launches the kernel ``entry`` of a module.
 
     ``grid``, ``block``: one to three sizes. ``args``: per parameter a ``Buffer``, a number, or, for a struct by value, its bytes (or what
     has them: a NumPy record, a ``ctypes.Structure``). ``shared_bytes``: dynamic shared memory per block. ``max_steps``: after so many
-    instructions of groups of threads the kernel is taken to hang.
+    instructions of groups of threads the kernel is taken to hang. ``replicated``: an instruction may store one value to one place in shared
+    memory from several warps. CUDA does not promise that one of them does; Triton relies on it where a layout repeats elements.
 
     Raises a ``PtxError`` at the first fault of the kernel, ``ValueError`` for a launch that cannot be meant."""
     module = parse_once(ptx_text)
@@ -53,7 +62,7 @@ def run(
     if required != block:
         raise ValueError(f"run: block {block}, but the kernel was compiled for {required}")
     program = Program(module, ptx_text, function, shared_bytes)
-    machine = Machine(program, grid, block, _parameters(function.parameters, args), memory)
+    machine = Machine(program, grid, block, _parameters(function.parameters, args), memory, replicated)
     with np.errstate(all="ignore"):
         machine.run(max_steps)
     return Report(dict(memory.loads), dict(memory.stores), machine.atomics, machine.instructions)

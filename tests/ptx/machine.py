@@ -25,8 +25,16 @@ def joined(groups: list[np.ndarray]) -> np.ndarray:
 
 
 class Machine:
-    def __init__(self, program: Program, grid: tuple[int, ...], block: tuple[int, ...], parameters: Store, memory: Memory):
-        self.program, self.code, self.memory, self.parameters = program, program.code, memory, parameters
+    def __init__(
+        self, program: Program, grid: tuple[int, ...], block: tuple[int, ...], parameters: Store, memory: Memory, replicated: bool
+    ):
+        self.program, self.code, self.memory, self.parameters, self.replicated = (
+            program,
+            program.code,
+            memory,
+            parameters,
+            replicated,
+        )
         self.grid, self.block_shape = grid, block
         self.threads = int(np.prod(block))
         self.instructions = self.atomics = 0
@@ -148,7 +156,7 @@ class Machine:
         self.registers: list[np.ndarray | None] = [None] * self.program.registers
         self.carry = np.zeros(self.lanes, np.bool_)
         self.local = Store("local memory", self.program.local_size, self.lanes)
-        self.shared = SharedStore(blocks, self.program.shared_size, self.program.shared_granule, self.warp)
+        self.shared = SharedStore(blocks, self.program.shared_size, self.program.shared_granule, self.warp, self.replicated)
         self.memory.begin_chunk(first * self.threads + lanes, self.warp)
         self.exited = np.zeros(self.lanes, np.bool_)
         self.live = self.lanes

@@ -217,12 +217,12 @@ class SharedStore(Store):
 
     Accesses of two threads to one byte, one of them a write, need a barrier between them; within a warp ``bar.warp.sync`` of all its
     lanes is enough. Neither shuffles nor votes order memory. Lanes of a warp may write one byte in one instruction if they write the same:
-    one of them does, CUDA says, and Triton's replicated layouts rely on it. Bytes are taken together in granules, of which no access is
-    a part."""
+    one of them does, CUDA says, and Triton's replicated layouts rely on it. ``replicated``: so may lanes of several warps. Bytes are taken
+    together in granules, of which no access is a part."""
 
-    def __init__(self, blocks: int, size: int, granule: int, warp_of_lane: np.ndarray):
+    def __init__(self, blocks: int, size: int, granule: int, warp_of_lane: np.ndarray, replicated: bool):
         super().__init__("shared memory", size, blocks)
-        self.granule, self.warp_of_lane = granule, warp_of_lane
+        self.granule, self.warp_of_lane, self.replicated = granule, warp_of_lane, replicated
         self.time = np.zeros(warp_of_lane.size, np.int64)  # of each thread: barriers << 32 | barriers of its warp
         count = self.data.size // granule
         self.writer, self.reader, self.reader_warp = (np.zeros(count, np.int64) for _ in range(3))
@@ -248,7 +248,8 @@ class SharedStore(Store):
             if write:
                 bad |= _unordered(self.read_time[at], self.reader[at], self.reader_warp[at], time, lanes, warp)
                 self.writer[at], self.write_time[at] = lanes, time
-                bad |= self.warp_of_lane[self.writer[at]] != warp  # another warp in this very instruction
+                if not self.replicated:
+                    bad |= self.warp_of_lane[self.writer[at]] != warp  # another warp in this very instruction
             else:
                 self._note_read(at, lanes, warp, time)
             _fail(SharedRace, bad, lanes, lambda i: f"offset {where[i] % self.stride} of shared memory")

@@ -5,7 +5,7 @@ Signatures and definitions: ``backends/reference/softmax_fisher.py``."""
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.cpu.layout import empty_in_layout, in_layout, layout_of
+from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 
 _MOST_MODALITIES = {"cpu": 64, "cuda": 48}

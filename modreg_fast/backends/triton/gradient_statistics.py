@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modreg_fast.backends.cpu.layout import empty_in_layout, layout_of
+from modreg_fast.backends.layout import empty_in_layout, layout_of
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 from modreg_fast.backends.triton import launches
 from modreg_fast.backends.triton.launches import Launch, Shape

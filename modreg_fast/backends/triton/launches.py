@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.cpu.layout import Layout, in_layout, layout_of
+from modreg_fast.backends.layout import Layout, in_layout, layout_of
 
 LOAD_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # what memory delivers at least
