@@ -94,6 +94,12 @@ def test_guide_to_audio_and_video(capsys, tmp_path, monkeypatch):
     assert "of the decision" in capsys.readouterr().out
 
 
+def test_guide_for_kernel_engineers():
+    names = {}
+    exec(blocks("docs/guides/kernels.md"), names)
+    assert names["difference"] < 1e-5
+
+
 def test_indian_pines_for_the_audit_command(monkeypatch, capsys):
     from modreg_fast import cli
     from modreg_fast.demo import training

@@ -20,6 +20,7 @@ def status() -> tuple[bool, str]:
         reason = Path(__file__).parents[2] / "_cuda_missing.txt"
         return False, reason.read_text().strip() if reason.exists() else "the native extension was built without CUDA"
     built_for = f"kernels for {torch.ops.modreg_fast_native.cuda_architectures()}"
-    if torch.version.hip is not None or not torch.cuda.is_available():
+    # Counting does not start the CUDA runtime, so that the process may still fork.
+    if torch.version.hip is not None or torch.cuda.device_count() == 0:
         return False, f"{built_for}, but torch {torch.__version__} finds no NVIDIA GPU"
     return True, built_for
