@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import triton
+
+from modreg_fast.bench import sass
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -21,22 +22,19 @@ import ptx  # noqa: E402
 from cuda_calls import BYTES, Tensor  # noqa: E402
 
 STEMS = ("softmax_fisher", "gradient_statistics")
-# Of a multiprocessor: bytes of shared memory; of a block 1 KiB less. All have 65536 registers and room for 2048 threads.
-MULTIPROCESSORS = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def resources(stem: str, arch: str) -> dict[str, tuple[int, int, int, str]]:
-    """Per kernel: registers, bytes of spills, bytes of static shared memory, and its global loads by kind."""
+def resources(stem: str, architecture: int) -> dict[str, tuple[sass.Resources, str]]:
+    """Of each kernel; and its global loads of 16 bytes among all."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/{stem}.cubin"
-        command = [ptx.NVCC, "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
+        cubin = Path(folder) / f"{stem}.cubin"
+        command = [ptx.NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
         log = subprocess.run(
             [*command, "-o", cubin, ROOT / f"csrc/cuda/{stem}.cu"], capture_output=True, text=True, check=True
         ).stderr
-        sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        code = sass.tool("cuobjdump", "-sass", cubin.read_bytes())
     loads = {}
-    for part in sass.split("Function : ")[1:]:
+    for part in code.split("Function : ")[1:]:
         kinds = re.findall(r"\bLDG\.E(?:\.(?:U8|U16|64|128))?\b", part)
         loads[part.split()[0]] = f"{kinds.count('LDG.E.128')} of {len(kinds)}"
     found = {}
@@ -46,19 +44,15 @@ def resources(stem: str, arch: str) -> dict[str, tuple[int, int, int, str]]:
         shared = re.search(r"(\d+) bytes smem", part)
         registers = re.search(r"Used (\d+) registers", part)
         assert registers is not None
-        found[name] = int(registers[1]), int(stores) + int(reads), int(shared[1]) if shared else 0, loads[name]
+        found[name] = sass.Resources(int(registers[1]), int(stores) + int(reads), int(shared[1]) if shared else 0), loads[name]
     return found
 
 
-def occupancy(arch: str, registers: int, static_shared: int, stem: str, out, backward: bool, accumulator: int) -> float:
-    """Share of a multiprocessor's threads that fit, with the tiles planned for it; registers come in eights, a block takes 1 KiB more."""
-    shared = MULTIPROCESSORS[arch]
-    launch = cuda_calls.plan(stem, type(out.call).from_buffer_copy(out.call), backward, accumulator, shared - 2048)
-    if launch.shared_bytes < 0:
-        return 0.0
-    of_block = launch.shared_bytes + static_shared + 1024
-    blocks = min(65536 // (-(-registers // 8) * 8 * launch.threads), 2048 // launch.threads, shared // of_block)
-    return blocks * launch.threads / 2048
+def occupancy(architecture: int, kernel: sass.Resources, stem: str, out, backward: bool, accumulator: int) -> float:
+    """With the tiles planned for the architecture; 0 where none fits."""
+    call = type(out.call).from_buffer_copy(out.call)
+    launch = cuda_calls.plan(stem, call, backward, accumulator, sass.SHARED[architecture] - 2048)
+    return kernel.occupancy(architecture, launch.threads, launch.shared_bytes) if launch.shared_bytes >= 0 else 0.0
 
 
 def launches():
@@ -89,28 +83,24 @@ def launches():
 
 
 def main() -> None:
-    found = {arch: {name: r for stem in STEMS for name, r in resources(stem, arch).items()} for arch in MULTIPROCESSORS}
+    found = {arch: {name: r for stem in STEMS for name, r in resources(stem, arch).items()} for arch in sass.SHARED}
+    titles = " | ".join(f"sm_{arch}" for arch in sass.SHARED)
     print("## Resources\n\nRegisters per thread, bytes of spills, global loads of 16 bytes among all in the code.\n")
-    print("| kernel | " + " | ".join(MULTIPROCESSORS) + " |")
-    print("|---" * (1 + len(MULTIPROCESSORS)) + "|")
-    for name in found["sm_90"]:
-        cells = (f"{r[0]}, {r[1]}, {r[3]}" for r in (found[arch][name] for arch in MULTIPROCESSORS))
+    print(f"| kernel | {titles} |")
+    print("|---" * (1 + len(found)) + "|")
+    for name in found[90]:
+        cells = (f"{r.registers}, {r.stack}, {loads}" for r, loads in (of_arch[name] for of_arch in found.values()))
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(
         "\n## Launches\n\nShared memory of a block in KiB (sm_90), occupancy; per element executed PTX instructions and bytes moved.\n"
     )
-    print(
-        "| op | channels | dtype | side by side | pass | tile | threads | KiB | "
-        + " | ".join(MULTIPROCESSORS)
-        + " | PTX | bytes |"
-    )
-    print("|---" * (10 + len(MULTIPROCESSORS)) + "|")
+    print(f"| op | channels | dtype | side by side | pass | tile | threads | KiB | {titles} | PTX | bytes |")
+    print("|---" * (10 + len(found)) + "|")
     for case, kernel, elements, out in launches():
         tiling, launch = out.call.tilings[0], out.launch
         stem, backward, accumulator = case.split(" ")[0], "backward" in kernel, 8 if "64" in kernel else 4
         shares = (
-            f"{occupancy(arch, found[arch][kernel][0], found[arch][kernel][2], stem, out, backward, accumulator):.0%}"
-            for arch in MULTIPROCESSORS
+            f"{occupancy(arch, of_arch[kernel][0], stem, out, backward, accumulator):.0%}" for arch, of_arch in found.items()
         )
         moved = (out.report.loads.bytes + out.report.stores.bytes) / elements
         print(

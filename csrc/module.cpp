@@ -113,7 +113,7 @@ int64_t divide(const Tensor* tensors, int count, const Tensors& masks, int tenso
     tiling.mask = masks.empty() ? nullptr : static_cast<const uint8_t*>(flat_view_of(masks[t]).data);
     tilings.push_back(tiling);
     units += tiling.samples_as_pixels ? tiling.tiles : x.size(0) * tiling.tiles;
-    slots += x.size(0) * (tiling.samples_as_pixels ? 1 : tiling.tiles);
+    slots += x.size(0) * mrf::slots_per_sample(tiling);
   }
   return units;
 }
@@ -183,8 +183,7 @@ struct SoftmaxFisherCall {
       if (tilings[k % tilings.size()].samples_as_pixels) views[k].pixel_stride = views[k].sample_stride;
   }
 
-  int64_t slots_per_sample(int scale) const { return tilings[scale].samples_as_pixels ? 1 : tilings[scale].tiles; }
-  int64_t slots() const { return tilings.back().first_slot + problem.batch * slots_per_sample(problem.scales - 1); }
+  int64_t slots() const { return tilings.back().first_slot + problem.batch * mrf::slots_per_sample(tilings.back()); }
 
   int64_t scratch_bytes() const { return mrf::softmax_fisher_scratch(problem.modalities, most_channels); }
 };
@@ -193,9 +192,9 @@ template <class T>
 void write_information(const SoftmaxFisherCall& call, T* information, int64_t* counts) {
   const mrf::SoftmaxFisher& problem = call.problem;
   for (int s = 0; s < problem.scales; ++s) {
-    const int64_t slots = call.slots_per_sample(s);
+    const int64_t slots = mrf::slots_per_sample(call.tilings[s]);
     for (int64_t b = 0; b < problem.batch; ++b) {
-      const int64_t first = problem.tilings[s].first_slot + b * slots;
+      const int64_t first = call.tilings[s].first_slot + b * slots;
       int64_t count = 0;
       for (int64_t slot = first; slot < first + slots; ++slot) count += problem.valid[slot];
       counts[s * problem.batch + b] = count;

@@ -27,6 +27,9 @@ struct Tiling {
   int64_t first_slot = 0;
 };
 
+// How many sums of softmax_fisher belong to one sample.
+static inline int64_t slots_per_sample(const Tiling& tiling) { return tiling.samples_as_pixels ? 1 : tiling.tiles; }
+
 struct Unit {
   int tiling;
   int64_t sample, begin, end;  // pixels [begin, end)

@@ -12,8 +12,8 @@
 //
 // Work: a unit is a tile of pixels of one sample of one tensor. It is read in contiguous lines, a channel of the tile or (channels
 // last) a pixel, with one accumulator per pixel in L1. The line after it is prefetched meanwhile, because the hardware prefetches no
-// further than to the end of a page (past the last line the prefetch is of no use, and of no harm). Each unit's sums have a place of their own,
-// so any number of threads gives the same bits.
+// further than to the end of a page (past the last line the prefetch is of no use, and of no harm). Each unit's sums have a place of
+// their own, so any number of threads gives the same bits.
 #include "rows.h"
 
 namespace mrf {

@@ -270,10 +270,10 @@ __device__ void run(const SoftmaxFisher& call) {
 }  // namespace
 
 // 512 threads of at most 64 registers, so that two blocks fit a multiprocessor.
-#define MRF_KERNEL(name, type, backward)                                                                     \
-  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), sizeof(type) == 4 ? 2 : 1)        \
-      softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {                                    \
-    run<type, backward>(call);                                     \
+#define MRF_KERNEL(name, type, backward)                                                              \
+  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), sizeof(type) == 4 ? 2 : 1) \
+      softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {                             \
+    run<type, backward>(call);                                                                        \
   }
 MRF_KERNEL(forward_float32, float, false)
 MRF_KERNEL(forward_float64, double, false)

@@ -15,15 +15,16 @@ PASSES = {"forward": 1, "backward": 2, "both": 3}  # over the inputs: each pass 
 BASELINES = ("eager", "compile", "gat")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# In the default set, who is measured beside eager PyTorch and our backends; each compilation takes a quarter of a minute.
-_BESIDE = {
-    ("softmax_fisher", "heads"): ("compile", "gat"),
-    ("softmax_fisher", "segformer-b2-1024-m4"): ("compile",),
-    ("softmax_fisher", "square"): ("compile", "gat"),
-    ("gradient_statistics", "square"): ("compile",),
+# In the default set, the baselines of a case if they are not eager PyTorch alone; each compilation takes a quarter of a minute, and
+# eager gradient_statistics on deliver half a one.
+_BASELINES = {
+    ("softmax_fisher", "heads"): ("eager", "compile", "gat"),
+    ("softmax_fisher", "segformer-b2-1024-m4"): ("eager", "compile"),
+    ("softmax_fisher", "square"): ("eager", "compile", "gat"),
+    ("gradient_statistics", "square"): ("eager", "compile"),
+    ("gradient_statistics", "deliver"): (),
 }
 _DEFAULT = ("heads", "tokens", "segformer-b0-512-m2", "segformer-b2-512-m2", "segformer-b2-1024-m4", "square", "deliver")
-_ALONE = ("gradient_statistics", "deliver")  # eager PyTorch takes half a minute
 _QUICK = ("heads", "tokens", "segformer-b0-512-m2")
 _NOISE = "segformer-b0-512-m2"
 
@@ -82,14 +83,10 @@ def select(only: Sequence[str] = (), quick: bool = False) -> list[Case]:
         return [case for op in OPS for name in only for case in _everything(op, SHAPES[name])]
     cases = []
     for op in OPS:
-        cases += [_plain(op, SHAPES[name], _baselines(op, name)) for name in _DEFAULT]
+        cases += [_plain(op, SHAPES[name], _BASELINES.get((op, name), ("eager",))) for name in _DEFAULT]
         cases += [_plain(op, SHAPES["square"], (), dtype="bfloat16"), _plain(op, SHAPES["square"], (), layout="channels")]
     cases += _noise(SHAPES[_NOISE]) + [_plain("softmax_fisher", shape, ()) for shape in SWEEP]
     return [case for case in cases if case.providers]  # without a backend of ours, some have none
-
-
-def _baselines(op: str, name: str) -> tuple[str, ...]:
-    return () if (op, name) == _ALONE else ("eager", *_BESIDE.get((op, name), ()))
 
 
 def _plain(op: str, shape: Shape, baselines: tuple[str, ...], *, dtype: str = "float32", layout: str | None = None) -> Case:

@@ -10,8 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_MULTIPROCESSOR = {80: (2048, 164), 90: (2048, 228), 100: (2048, 228)}  # by architecture: threads, KiB of shared memory
-_REGISTERS = 65536
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of shared memory of a multiprocessor, by architecture
+_THREADS, _REGISTERS = 2048, 65536
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class Resources:
 
     def occupancy(self, architecture: int, threads: int, dynamic_shared: int = 0) -> float:
         """Share of a multiprocessor's threads that are resident with blocks of so many threads (at most 32 blocks fit)."""
-        room, shared = _MULTIPROCESSOR[architecture]
         by_registers = _REGISTERS // (-(-self.registers // 8) * 8 * threads)
-        by_shared = shared * 1024 // (self.shared + dynamic_shared + 1024)  # the driver keeps 1 KiB per block
-        return min(by_registers, by_shared, room // threads, 32) * threads / room
+        by_shared = SHARED[architecture] // (self.shared + dynamic_shared + 1024)  # the driver keeps 1 KiB per block
+        return min(by_registers, by_shared, _THREADS // threads, 32) * threads / _THREADS
 
 
 # Kinds by the pipe that executes them; see the table "Arithmetic Instructions" of the CUDA C++ Programming Guide.
@@ -44,7 +43,7 @@ _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z0-
 
 def resources(cubin: bytes) -> Resources:
     """Of the kernel in a cubin that holds one."""
-    text = _tool("cuobjdump", "-res-usage", cubin)
+    text = tool("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     if found is None:
         raise ValueError(f"cuobjdump names no resources: {text[:200]}")
@@ -56,7 +55,7 @@ def instructions(cubin: bytes) -> dict[str, int]:
     """Instructions in the code of a cubin, by kind, each counted once wherever it stands: in straight code what a thread executes.
     ``other`` holds branches, synchronisation and what has no kind; instructions of the uniform data path are ``uniform``."""
     counts = dict.fromkeys([*_KINDS, "uniform", "other"], 0)
-    for name, _ in _LINE.findall(_tool("nvdisasm", "-c", cubin)):
+    for name, _ in _LINE.findall(tool("nvdisasm", "-c", cubin)):
         if name == "NOP":
             continue
         kind = _KIND.get(name)
@@ -66,7 +65,8 @@ def instructions(cubin: bytes) -> dict[str, int]:
     return counts
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """What the program of that name prints of a cubin."""
     path = shutil.which(name)
     if path is None:
         triton = importlib.util.find_spec("triton")
