@@ -164,7 +164,7 @@ struct SoftmaxFisherCall {
     problem.modalities = int(sigma.size());
     problem.scales = int(inputs.size() / sigma.size());
     STD_TORCH_CHECK(problem.modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
-    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, 512, !present.has_value(), tilings);
+    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, mrf::kMostPixels, !present.has_value(), tilings);
     problem.draws = int(draws);
     problem.batch = inputs[0].size(0);
     problem.tilings = tilings.data();
