@@ -6,15 +6,12 @@
 //
 //   dI/dX_m = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
 //
-// Memory: forward reads every feature once and writes one number per unit and modality; backward reads every feature once and writes
-// every gradient once, around the caches. Noise is computed, not stored.
+// Memory: forward reads every feature once and writes one number per unit and modality; backward reads every feature once (the second
+// time from L2 or L3) and writes every gradient once, around the caches. Noise is computed, not stored.
 //
 // Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a
-// shared counter and each result has a place of its own, so any number of threads gives the same bits. A tile (about 256 KiB) fits L2
-// and is prefetched there by the passes of the exponentials over the tile before it: only there, because the copying to scratch that
-// comes later needs the same few buffers between the caches. Within a tile, groups of two registers of floats are copied to scratch
-// as rows (one channel of one modality; L1), where all passes over the channels run. Rows of each channel: e_R, e_p, noisy features, the
-// bracket in dI/dR, M features, M gradients (or the exponentials of a pair of modalities).
+// shared counter and each result has a place of its own, so any number of threads gives the same bits. A unit is computed as a strip
+// (softmax_fisher_strip.h) of at most 512 pixels, whose sums stay in L1; what a strip cannot do, by groups (softmax_fisher_group.h).
 #include "softmax_fisher_strip.h"
 
 namespace mrf {

@@ -1,4 +1,10 @@
-// HEADER
+// softmax_fisher of one group of pixels in the general way: noise, and logits that disagree or agree beyond what the sums of a strip
+// (softmax_fisher_strip.h) resolve. Every exponential is relative to its own maximum, and d = p - q is formed channel by channel.
+//
+// Memory: scratch only, as rows of one channel of one modality (L1 or L2): e_R, e_p, noisy features, the bracket in dI/dR, M features, M
+// gradients. Four passes over the channels for each modality and draw: noise, exponentials, sums, gradient.
+//
+// Work: pixels are lanes; a group is two registers of floats, which hides the latency of the exponential.
 #pragma once
 
 #include "rows.h"
