@@ -1,4 +1,4 @@
-"""Sums over the ranks of a process group, differentiable."""
+"""Sums and means over the ranks of a process group, differentiable."""
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,16 @@ def sum_over_ranks(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     if group is None:
         return x
     return _SumOverRanks.apply(x, group)
+
+
+def mean_over_parts(mean: Tensor, count: Tensor, group: "dist.ProcessGroup | None") -> tuple[Tensor, Tensor]:
+    """The mean over all pixels of a sample, and their number, from the means and numbers of the parts that the ranks of ``group`` hold.
+    Both as they are without a group."""
+    if group is None:
+        return mean, count
+    count = count.to(mean.dtype)
+    total, pixels = sum_over_ranks(mean * count, group), sum_over_ranks(count, group)
+    return total / pixels.clamp(min=1), pixels
 
 
 class _SumOverRanks(torch.autograd.Function):
