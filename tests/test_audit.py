@@ -133,7 +133,7 @@ def test_tokens_and_embeddings_below_a_classifier():
         (g,) = torch.autograd.grad(f.sum(), features["rgb"])
     expected = g.flatten(1).square().sum(1) / f.detach()
     assert result.information["rgb"][0].mean == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert result.examples == [] and result.scales == ["1 (9)"] and "Where each modality decides" not in result.to_html()
+    assert result.scales == ["1 (9)"] and result.examples == [] and result.no_maps.endswith("columns: rgb 9; depth 3.")
 
 
 def test_information_of_a_dense_loss_about_tokens():

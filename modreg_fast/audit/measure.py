@@ -64,8 +64,10 @@ def audit(
         ignore_index: positions with this target are not valid.
         channel_dim: dimension of the channels in the features; 1, or -1 for tokens.
         drop: what takes the place of a missing modality, as in ``evaluate_missing``.
-        maps: for how many samples, from the first, to keep the share of each pixel. Needs features ``(B, C, H, W)`` that have the
-            same resolution for all modalities.
+        maps: for how many samples, from the first, to keep the share of each pixel. Needs the same resolution for all modalities: maps
+            ``(B, C, H, W)``; volumes ``(B, C, D, H, W)``, of which the central slice is shown; or tokens ``(B, N, C)`` that are square
+            patches of the modality's input ``(B, C, H, W)``, cubes of a volume, in reading order behind up to eight others (class,
+            registers). Otherwise ``no_maps`` and the page say what came.
         progress: show progress bars on stderr.
 
     Returns:
@@ -90,7 +92,7 @@ def audit(
     attribution: list[Tensor] = []
     information: list[Tensor] = []
     shown: list[Example] = []
-    classes = 0
+    classes, no_maps = 0, ""
     with evaluating(model), torch.enable_grad(), _source(model, features) as forward:
         for inputs, target in batches(model, data, "audit", progress):
             scores, captured = forward(inputs)
@@ -101,7 +103,8 @@ def audit(
             counts = (a.sum((0, 1)) != 0).cpu()
             attribution.append(a.cpu()[..., counts])
             information.append(_information(values, captured, mask, channel_dim).cpu()[..., counts])
-            shown += examples(inputs, pixels, list(captured), maps - len(shown))
+            found, no_maps = examples(inputs, pixels, list(captured), maps - len(shown))
+            shown += found
     a, i = torch.cat(attribution, 2).double(), torch.cat(information, 2).double()
     if a.shape[2] == 0:
         validate.fail("audit", "data", "at least one sample with a valid position and scores that depend on the features", "none")
@@ -119,6 +122,7 @@ def audit(
         information=dict(zip(names, map(_estimates, i), strict=True)),
         missing=replace(missing, metric="accuracy") if metric is None else missing,
         examples=shown,
+        no_maps=no_maps,
     )
 
 
