@@ -1,4 +1,4 @@
-"""Sums and means over the ranks of a process group, differentiable."""
+"""Sums and means over the ranks of a process group, differentiable; samples of all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,15 @@ def mean_over_parts(mean: Tensor, count: Tensor, group: "dist.ProcessGroup | Non
     count = count.to(mean.dtype)
     total, pixels = sum_over_ranks(mean * count, group), sum_over_ranks(count, group)
     return total / pixels.clamp(min=1), pixels
+
+
+def gather_samples(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """``(*, B)`` of all ranks of ``group``, one after the other; ``x`` itself without a group. Without gradients; B may differ."""
+    if group is None:
+        return x
+    parts: list[Tensor] = [x] * group.size()
+    dist.all_gather_object(parts, x, group=group)
+    return torch.cat(parts, -1)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,13 @@ from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, nam
 from modreg_fast.audit.examples import Example, examples
 from modreg_fast.audit.result import Audit, Estimate
 from modreg_fast.capture import Entry, capture
+from modreg_fast.distributed import gather_samples
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
 from modreg_fast.losses import _count, _pooled, _selected_score
 from modreg_fast.missing import Drop, evaluate_missing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Loss = Callable[[Tensor, Any], Tensor]
 Features = dict[str, list[Tensor]]
@@ -35,6 +39,7 @@ def audit(
     channel_dim: int = 1,
     drop: Drop = "zeros",
     maps: int = 4,
+    process_group: "ProcessGroup | None" = None,
     progress: bool = True,
 ) -> Audit:
     r"""Measures on which modality a classifier or a segmentation network relies, with 95 % intervals.
@@ -68,6 +73,9 @@ def audit(
             ``(B, C, H, W)``; volumes ``(B, C, D, H, W)``, of which the central slice is shown; or tokens ``(B, N, C)`` that are square
             patches of the modality's input ``(B, C, H, W)``, cubes of a volume, in reading order behind up to eight others (class,
             registers). Otherwise ``no_maps`` and the page say what came.
+        process_group: its ranks audit together, each with samples of its own: all return the numbers of all samples, each with the maps
+            of its own. A ``metric`` is then one of torchmetrics, which gathers by itself (``process_group`` in its constructor). None: no
+            other rank is waited for, except by a metric of torchmetrics without ``sync_on_compute=False``.
         progress: show progress bars on stderr.
 
     Returns:
@@ -87,6 +95,10 @@ def audit(
     """
     if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
         validate.fail("audit", "maps", "a number of samples, at least 0", repr(maps))
+    if process_group is not None and metric is not None and not callable(getattr(metric, "compute", None)):
+        validate.fail(
+            "audit", "metric", "one of torchmetrics with process_group: a function sees the samples of one rank", "a function"
+        )
     if isinstance(data, Iterator):
         validate.fail("audit", "data", "readable twice, such as a DataLoader or a list", f"a {type(data).__name__}")
     attribution: list[Tensor] = []
@@ -105,11 +117,11 @@ def audit(
             information.append(_information(values, captured, mask, channel_dim).cpu()[..., counts])
             found, no_maps = examples(inputs, pixels, list(captured), maps - len(shown))
             shown += found
-    a, i = torch.cat(attribution, 2).double(), torch.cat(information, 2).double()
+    a, i = (gather_samples(torch.cat(x, 2).double(), process_group) for x in (attribution, information))
     if a.shape[2] == 0:
         validate.fail("audit", "data", "at least one sample with a valid position and scores that depend on the features", "none")
     names = list(captured)
-    score = _accuracy(classes, ignore_index) if metric is None else metric
+    score = _accuracy(classes, ignore_index, process_group) if metric is None else metric
     missing = evaluate_missing(model, data, score, modalities=names, drop=drop, progress=progress)
     share = modality_share(torch.linalg.vector_norm(a, dim=1))
     by_scale = torch.where(a.sum(0) > 0, a / a.sum(0), torch.nan)  # a scale may lack valid pixels where the sample has some
@@ -246,12 +258,14 @@ def _finite(x: Tensor, what: str) -> Tensor:
     return x.detach()
 
 
-def _accuracy(classes: int, ignore_index: int) -> Any:
+def _accuracy(classes: int, ignore_index: int, group: "ProcessGroup | None") -> Any:
     with extra("audit"):
         from torchmetrics.classification import MulticlassAccuracy
     if classes < 2:
         validate.fail("audit", "metric", "given where the scores have one class", "None")
-    return MulticlassAccuracy(classes, average="micro", ignore_index=ignore_index)
+    return MulticlassAccuracy(
+        classes, average="micro", ignore_index=ignore_index, process_group=group, sync_on_compute=group is not None
+    )
 
 
 def _scale_names(features: Features, channel_dim: int, inputs: bool) -> list[str]:
