@@ -369,8 +369,8 @@ class AttributionLoss(nn.Module):
         ).attribution
         assert attribution is not None
         # (M, B): scales, and parts on other ranks, are pooled by the L2 norm, as pixels are.
-        squares = torch.stack([rows.square().sum(0) for rows in attribution.split([len(row) for row in scales])])
-        attribution = _root(sum_over_ranks(squares, self.spatial_group))
+        squares = torch.stack([rows.double().square().sum(0) for rows in attribution.split([len(row) for row in scales])])
+        attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
         shares = [1 / len(features) if target is None else target[m] for m in features]
         return self._penalty(attribution, shares, present, list(features), return_details)
 
