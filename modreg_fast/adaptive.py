@@ -1,6 +1,6 @@
 """Strength and targets without a search: a weight that follows the gradients, attribution targets that follow each modality's skill."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +12,26 @@ from modreg_fast.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 __all__ = ["AdaptiveWeight", "QualityTarget"]
 
 
-class AdaptiveWeight(nn.Module):
+class _Averages(nn.Module):
+    """Keeps the dtype of its buffers when the model around it is cast: an average of large norms or counts is infinite in float16, and
+    never becomes finite again."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class AdaptiveWeight(_Averages):
     r"""Weights a penalty so that its gradient keeps a set ratio to the gradient of the task.
 
     The scale of a penalty means little: that of :class:`FunctionalEntropyLoss` with ``"inverse"`` changes by orders of magnitude while
@@ -122,7 +137,7 @@ class AdaptiveWeight(nn.Module):
         return torch.stack(squares).sqrt()
 
 
-class QualityTarget(nn.Module):
+class QualityTarget(_Averages):
     r"""Target shares for :class:`AttributionLoss` in proportion to what each modality knows about the labels by itself.
 
     Equal targets make a network listen to a sensor even when it is broken. Here a modality's share follows its skill: by how much its

@@ -48,7 +48,8 @@ examples:
     "bench": """examples:
   modreg-fast bench --output runs/today  the default set, under five minutes on two cores
   modreg-fast bench --only square        everything of one shape
-  modreg-fast bench --quick --compare runs/today/results.json""",
+  modreg-fast bench --quick --compare runs/today/results.json
+  modreg-fast bench --quick --json > bench.json""",
     "parity": """examples:
   modreg-fast parity                     of the backend that is taken by itself
   modreg-fast parity --backend triton    without a GPU in Triton's interpreter
@@ -160,7 +161,7 @@ def _demo(options: argparse.Namespace) -> int:
 
         from modreg_fast import demo
     except ModuleNotFoundError as error:
-        print(f"modreg-fast demo: needs the package {error.name}; pip install modreg_fast[examples]", file=sys.stderr)
+        print(f"modreg-fast demo: needs the package {error.name}: pip install 'modreg_fast[examples]'", file=sys.stderr)
         return 1
     try:
         results = demo.run(options.output, seeds=options.seeds or (1 if options.quick else 3), quick=options.quick)

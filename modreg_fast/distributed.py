@@ -1,4 +1,4 @@
-"""Sums over the ranks of a process group, differentiable."""
+"""Sums and means over the ranks of a process group, differentiable; samples of all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,25 @@ def sum_over_ranks(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     if group is None:
         return x
     return _SumOverRanks.apply(x, group)
+
+
+def mean_over_parts(mean: Tensor, count: Tensor, group: "dist.ProcessGroup | None") -> tuple[Tensor, Tensor]:
+    """The mean over all pixels of a sample, and their number, from the means and numbers of the parts that the ranks of ``group`` hold.
+    Both as they are without a group."""
+    if group is None:
+        return mean, count
+    count = count.to(mean.dtype)
+    total, pixels = sum_over_ranks(mean * count, group), sum_over_ranks(count, group)
+    return total / pixels.clamp(min=1), pixels
+
+
+def gather_samples(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """``(*, B)`` of all ranks of ``group``, one after the other; ``x`` itself without a group. Without gradients; B may differ."""
+    if group is None:
+        return x
+    parts: list[Tensor] = [x] * group.size()
+    dist.all_gather_object(parts, x, group=group)
+    return torch.cat(parts, -1)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """The losses: ``nn.Module`` penalties over the functional layer. They return a scalar to add to the task loss."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast.distributed import sum_over_ranks
+from modreg_fast.distributed import mean_over_parts, sum_over_ranks
 from modreg_fast.double_backward import gradients
 from modreg_fast.functional import (
     average_pooled,
@@ -57,7 +58,9 @@ class FunctionalEntropyLoss(nn.Module):
         scale_weights: ``w_s``, one per scale; default 1.
         sigma, samples, detach_reference, eps, backend: see :func:`modreg_fast.functional.softmax_fisher_information`; ``eps`` is also
             added to the information in the penalty.
-        process_group: sums the statistics over its ranks, so that N ranks compute the penalty of the whole batch.
+        process_group: its ranks hold other samples; statistics are summed over them, so that N ranks compute the penalty of the whole
+            batch.
+        spatial_group: its ranks hold parts of the same samples, such as rows of every map; sums over pixels are taken over them all.
 
     Example:
         >>> balance = FunctionalEntropyLoss(feature_weight=1e-4)
@@ -78,6 +81,7 @@ class FunctionalEntropyLoss(nn.Module):
         channel_dim: int = 1,
         eps: float = 1e-8,
         process_group: "ProcessGroup | None" = None,
+        spatial_group: "ProcessGroup | None" = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -98,6 +102,7 @@ class FunctionalEntropyLoss(nn.Module):
         self.channel_dim = channel_dim
         self.eps = validate.number(eps, name, "eps")
         self.process_group = process_group
+        self.spatial_group = spatial_group
         self.backend = backend
 
     def extra_repr(self) -> str:
@@ -158,6 +163,7 @@ class FunctionalEntropyLoss(nn.Module):
             function=type(self).__name__,
             names=list(features),
         )
+        information, counts = mean_over_parts(information, counts, self.spatial_group)
         valid = None
         if mask is not None or present is not None:
             valid = (counts > 0).expand_as(information)
@@ -204,25 +210,44 @@ class FunctionalEntropyLoss(nn.Module):
         if mask is not None:
             validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
             validate.same(mask, values, name, "mask", "values")
-        tensors = [_differentiable(x, name, f"inputs[{m!r}]", len(values)) for m, x in inputs.items()]
+        tensors = [_differentiable(x, name, f"inputs[{m!r}]", len(values), self.spatial_group) for m, x in inputs.items()]
         values = values.to(torch.promote_types(values.dtype, torch.float32))  # sums over many positions
+        information, counts = (self._by_pixel if granularity == "pixel" else self._by_sample)(values, tensors, mask, name)
+        valid = None if mask is None else (counts > 0).expand_as(information).unsqueeze(1)
+        return self._penalty(information.unsqueeze(1), valid, None, self.prediction_weight, list(inputs), return_details)
+
+    def _by_pixel(self, values: Tensor, tensors: list[Tensor], mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+        """Information and number of valid pixels, ``(K, B)`` each."""
         masked = values if mask is None else torch.where(mask, values, 0)
-        if granularity == "sample":
-            masks = None if mask is None else [_count(mask) > 0] * len(tensors)
-            mean = masked.reshape(len(values), -1).sum(1) / (values[0].numel() if mask is None else _count(mask).clamp(min=1))
-            grads = [g.reshape(len(g), -1) for g in gradients(mean.sum(), tensors, name)]
-            f, channel_dim = [mean] * len(grads), 1
-        else:
-            grads, channel_dim = gradients(masked.sum(), tensors, name), self.channel_dim
-            sizes = [_spatial_size(g, values, channel_dim, name) for g in grads]
-            masks = None if mask is None else [resize_mask(mask, size) if size else _count(mask) > 0 for size in sizes]
-            f = [_pooled(masked, mask, size) for size in sizes]
+        grads = gradients(masked.sum(), tensors, name)
+        sizes = [_spatial_size(g, values, self.channel_dim, name) for g in grads]
+        masks = None if mask is None else [resize_mask(mask, size) if size else _count(mask) > 0 for size in sizes]
         fisher = gradient_statistics(
-            grads, values=f, mask=masks, channel_dim=channel_dim, eps=self.eps, backend=self.backend
+            grads,
+            values=[_pooled(masked, mask, size) for size in sizes],
+            mask=masks,
+            channel_dim=self.channel_dim,
+            eps=self.eps,
+            backend=self.backend,
         ).fisher
         assert fisher is not None
-        valid = None if masks is None else torch.stack([_count(m) > 0 for m in masks]).unsqueeze(1)
-        return self._penalty(fisher.unsqueeze(1), valid, None, self.prediction_weight, list(inputs), return_details)
+        counts = [_count(m) for m in masks] if masks else [_everywhere(values, size) for size in sizes]
+        return mean_over_parts(fisher, torch.stack(counts), self.spatial_group)
+
+    def _by_sample(self, values: Tensor, tensors: list[Tensor], mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+        """Information ``(K, B)`` and number of valid pixels ``(B,)``."""
+        masked = values if mask is None else torch.where(mask, values, 0)
+        count = sum_over_ranks(_everywhere(values, values.shape[1:]) if mask is None else _count(mask), self.spatial_group)
+        part = masked.reshape(len(values), -1).sum(1) / count.clamp(min=1)
+        fisher = gradient_statistics(
+            [g.reshape(len(g), -1) for g in gradients(part.sum(), tensors, name)],
+            values=[sum_over_ranks(part, self.spatial_group)] * len(tensors),
+            mask=None if mask is None else count > 0,
+            eps=self.eps,
+            backend=self.backend,
+        ).fisher
+        assert fisher is not None
+        return sum_over_ranks(fisher, self.spatial_group), count
 
     def _penalty(
         self,
@@ -260,7 +285,9 @@ class AttributionLoss(nn.Module):
         target: modality -> weight, at least 0 with a positive sum, normalised to shares; None for equal shares.
         norm: ``"l1"`` (the paper) or ``"l2"``.
         channel_dim: dimension of the channels in the features; 1, or -1 for tokens.
-        process_group: sums the statistics over its ranks, so that N ranks compute the penalty of the whole batch.
+        process_group: its ranks hold other samples; statistics are summed over them, so that N ranks compute the penalty of the whole
+            batch.
+        spatial_group: its ranks hold parts of the same samples, such as rows of every map; sums over pixels are taken over them all.
         backend: see :func:`modreg_fast.functional.softmax_fisher_information`.
 
     Example:
@@ -276,6 +303,7 @@ class AttributionLoss(nn.Module):
         norm: Literal["l1", "l2"] = "l1",
         channel_dim: int = 1,
         process_group: "ProcessGroup | None" = None,
+        spatial_group: "ProcessGroup | None" = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -286,6 +314,7 @@ class AttributionLoss(nn.Module):
         self.norm = norm
         self.channel_dim = channel_dim
         self.process_group = process_group
+        self.spatial_group = spatial_group
         self.backend = backend
 
     def extra_repr(self) -> str:
@@ -326,7 +355,7 @@ class AttributionLoss(nn.Module):
             validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
         flat = [
-            _differentiable(x, name, f"features[{m!r}][{s}]", len(scores))
+            _differentiable(x, name, f"features[{m!r}][{s}]", len(scores), self.spatial_group)
             for m, row in zip(features, scales, strict=True)
             for s, x in enumerate(row)
         ]
@@ -339,8 +368,9 @@ class AttributionLoss(nn.Module):
             backend=self.backend,
         ).attribution
         assert attribution is not None
-        # (M, B): scales are pooled by the L2 norm, as pixels are.
-        attribution = torch.stack([_l2_pool(rows) for rows in attribution.split([len(row) for row in scales])])
+        # (M, B): scales, and parts on other ranks, are pooled by the L2 norm, as pixels are.
+        squares = torch.stack([rows.double().square().sum(0) for rows in attribution.split([len(row) for row in scales])])
+        attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
         shares = [1 / len(features) if target is None else target[m] for m in features]
         return self._penalty(attribution, shares, present, list(features), return_details)
 
@@ -387,15 +417,17 @@ def _shares(target: Mapping[str, float], function: str) -> dict[str, float]:
     return {m: w / total for m, w in weights.items()}
 
 
-def _l2_pool(x: Tensor) -> Tensor:
-    """L2 norm over dimension 0; its derivative at 0 is 0."""
-    return x[0] if x.shape[0] == 1 else torch.linalg.vector_norm(x, dim=0)
+def _root(x: Tensor) -> Tensor:
+    """Square root; its derivative at 0 is 0."""
+    return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
 
 
-def _differentiable(x: object, function: str, argument: str, batch: int) -> Tensor:
+def _differentiable(x: object, function: str, argument: str, batch: int, spatial_group: "ProcessGroup | None") -> Tensor:
     x = validate.tensor(x, function, argument)
     if x.dim() < 2 or len(x) != batch:
         validate.fail(function, argument, f"of shape (B, C, *spatial) with batch size {batch}", validate.shape(x))
+    if x.dim() == 2 and spatial_group is not None:
+        validate.fail(function, argument, "a part of a map, (B, C, *spatial), with spatial_group", f"shape {validate.shape(x)}")
     if not x.requires_grad:
         validate.fail(
             function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
@@ -429,6 +461,11 @@ def _spatial_size(g: Tensor, values: Tensor, channel_dim: int, name: str) -> tup
 def _count(mask: Tensor) -> Tensor:
     """Valid pixels of each sample."""
     return mask.reshape(len(mask), -1).sum(1)
+
+
+def _everywhere(values: Tensor, spatial: Sequence[int]) -> Tensor:
+    """Pixels of each sample at a resolution."""
+    return values.new_full((len(values),), math.prod(spatial))
 
 
 def _pooled(values: Tensor, mask: Tensor | None, spatial: tuple[int, ...]) -> Tensor:

@@ -201,7 +201,9 @@ class _Whole:
 
 
 def _copied(metric: Any, inputs: Mapping[str, Any]) -> Any:
-    metric = deepcopy(metric)
+    parts = metric.modules() if isinstance(metric, nn.Module) else [metric]
+    groups = [getattr(part, "process_group", None) for part in parts]  # of ranks: they cannot be copied
+    metric = deepcopy(metric, {id(group): group for group in groups})
     metric.reset()
     device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
     return metric.to(device) if isinstance(metric, nn.Module) else metric

@@ -143,6 +143,36 @@ def test_adaptive_weight_in_bfloat16():
     assert adaptive.weight.item() == pytest.approx(0.5 * z.float().norm().item() / 50**0.5, rel=1e-2)
 
 
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda module: module.to("cpu", torch.float16)])
+def test_averages_stay_in_float32_when_the_model_is_cast(cast):
+    """In 16 bits a norm or a count above 65504 would be infinite, and stay so in the average."""
+
+    def trained():
+        model = nn.ModuleDict(
+            {"net": nn.Linear(4, 3), "weight": mrf.AdaptiveWeight(0.5), "quality": mrf.QualityTarget(["a", "b"], 3)}
+        )
+        z, task, penalty = losses()
+        model["weight"](1e8 * task, 1e8 * penalty, [z])
+        labels = torch.arange(300_000) % 3
+        model["quality"]({m: k * F.one_hot(labels, 3).float() for k, m in ((1, "a"), (2, "b"))}, labels)
+        return model
+
+    model, expected = cast(trained()), trained()
+    assert model["net"].weight.dtype in (torch.float16, torch.bfloat16)
+    for name, buffer in expected.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(model.get_buffer(name), buffer), name
+    assert model["weight"].weight == expected["weight"].weight > 0 and model["quality"].target == expected["quality"].target
+    other = cast(mrf.AdaptiveWeight(0.5))
+    other.load_state_dict(expected["weight"].state_dict())
+    assert other.weight == expected["weight"].weight
+
+
+def test_averages_move_with_the_model():
+    model = nn.ModuleDict({"weight": mrf.AdaptiveWeight(0.5)})
+    assert all(buffer.device.type == "meta" for buffer in model.half().to("meta").buffers())
+    assert all(buffer.device.type == "cpu" and buffer.dtype == torch.float32 for buffer in model.to_empty(device="cpu").buffers())
+
+
 ADAPTIVE_ERRORS = {
     "ratio": (lambda: mrf.AdaptiveWeight(-1), "ratio must be a finite number of at least 0"),
     "decay": (lambda: mrf.AdaptiveWeight(decay=1), r"decay must be a number in \[0, 1\)"),

@@ -1,6 +1,7 @@
 """The benchmark command: its numbers mean what the columns say."""
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -80,7 +81,7 @@ def test_speed_columns_agree_with_each_other(tiny_rows):
 
 def test_files_hold_the_rows(tiny_rows, tmp_path):
     results.write_csv(tiny_rows, tmp_path / "rows.csv")
-    results.write_json(tiny_rows, tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text(results.json_of(tiny_rows))
     assert results.read_csv(tmp_path / "rows.csv") == tiny_rows
     assert results.read_json(tmp_path / "rows.json") == tiny_rows
     assert (tmp_path / "rows.csv").read_text().splitlines()[0] == ",".join(results.COLUMNS)
@@ -234,6 +235,9 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert bench.main(parse("--compare", str(tmp_path / "new" / "results.json"))) == 0
     printed = capsys.readouterr().out
     assert "x compile" in printed and "new / old" in printed
+    assert bench.main(parse("--json", "--threads", "1")) == 0
+    told = capsys.readouterr()
+    assert {row["provider"] for row in json.loads(told.out)} >= {"eager", "cpu"} and "x compile" in told.err
 
 
 @pytest.mark.parametrize(
@@ -254,8 +258,8 @@ def test_message_without_the_extra(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"modreg_fast.bench.{name}")
         monkeypatch.delattr(bench, name)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert bench.main(parse()) == 2
-    assert "needs rich.console, which is not installed: pip install 'modreg_fast[examples]'" in capsys.readouterr().err
+    assert bench.main(parse()) == 1
+    assert "modreg-fast bench: needs the package rich.console: pip install 'modreg_fast[examples]'" in capsys.readouterr().err
 
 
 def test_package_does_not_import_the_extra():

@@ -1,4 +1,4 @@
-"""process_group=: one, two and four ranks compute what one process does on the whole batch, under DDP, FSDP2 and with rows sharded."""
+"""process_group=: one, two and four ranks compute what one process does on the whole batch, under DDP and FSDP2."""
 
 from datetime import timedelta
 
@@ -118,17 +118,6 @@ def sharded_outcome(kind, group, batch, backend):
     return value, details, [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
 
 
-def rows(group, rank, objective, backend):
-    """Every rank holds some rows of all samples."""
-    parts = {
-        m: [f.detach().chunk(group.size(), 2)[rank].requires_grad_() for f in scales]
-        for m, scales in model_of()(data("even")[0])[1].items()
-    }
-    value = mrf.FunctionalEntropyLoss(1.0, objective=objective, process_group=group, backend=backend)(parts)
-    value.backward()
-    return value.detach(), [f.grad / group.size() for scales in parts.values() for f in scales]
-
-
 def adaptive(group, batch, at):
     """The weight of an attribution penalty after two steps, and targets by skill."""
     model = model_of()
@@ -171,11 +160,6 @@ def work(rank, store, results, backends):
                 found["fsdp2", case, kind, backend] = sharded_outcome(kind, group, batch, backend)
         for at in ("parameters", "features"):
             found["adaptive", case, at] = adaptive(group, batch, at)
-    for n in (2, RANKS):
-        for backend in backends:
-            for objective in ("inverse", "norm", "log"):
-                if rank < n:
-                    found["rows", n, objective, backend] = rows(groups[n], rank, objective, backend)
     torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -199,20 +183,6 @@ def test_ranks_equal_one_process(ranks, backend, case, wrapper, kind):
         for a, b in zip(other_details, details, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
         helpers.assert_close(other_gradients, gradients, 1e-6)
-
-
-@pytest.mark.parametrize("objective", ["inverse", "norm", "log"])
-@pytest.mark.parametrize("n", [2, RANKS])
-def test_sharded_rows_equal_one_process(ranks, backend, n, objective):
-    """With as many pixels on each rank the mean over the ranks' rows is the mean over the map."""
-    features = {m: [f.detach().requires_grad_() for f in scales] for m, scales in model_of()(data("even")[0])[1].items()}
-    value = mrf.FunctionalEntropyLoss(1.0, objective=objective, backend=backend)(features)
-    value.backward()
-    flat = [f for scales in features.values() for f in scales]
-    for rank, found in enumerate(ranks[:n]):
-        other, gradients = found["rows", n, objective, backend]
-        assert other.item() == pytest.approx(value.item(), rel=1e-6)
-        helpers.assert_close(gradients, [f.grad.chunk(n, 2)[rank] for f in flat], 1e-6)
 
 
 @pytest.mark.parametrize("at", ["parameters", "features"])

@@ -2,10 +2,18 @@
 
 import re
 import runpy
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import modreg_fast as mrf
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("rich")
@@ -54,8 +62,12 @@ def test_audio_video(capsys):
     assert re.search(r"The plain model: video carries \d\d % \[\d\d, \d\d\] of the decision", printed)
 
 
+def each_block(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
 def blocks(path: str) -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL))
+    return "\n".join(each_block(path))
 
 
 def example(name: str) -> dict:
@@ -92,6 +104,61 @@ def test_guide_to_audio_and_video(capsys, tmp_path, monkeypatch):
     exec(blocks("docs/guides/audio_video.md"), names)
     assert (tmp_path / "before.html").exists() and set(names["target"]) == {"video", "audio"}
     assert "of the decision" in capsys.readouterr().out
+
+
+class WithFeatures(nn.Module):
+    """What the guide to distributed runs has for a model: scores and features."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoders = nn.ModuleDict({"rgb": nn.Conv2d(3, 4, 3, padding=1), "depth": nn.Conv2d(1, 4, 3, padding=1)})
+        self.head = nn.Conv2d(4, 5, 1)
+
+    def forward(self, batch):
+        features = {m: [encoder(batch[m])] for m, encoder in self.encoders.items()}
+        return self.head(features["rgb"][0].tanh() + features["depth"][0]), features
+
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = WithFeatures()
+
+    def forward(self, batch):
+        return self.net(batch)[0]
+
+
+def distributed_guide(rank, folder):
+    """Its blocks one after the other on two ranks, each with the model that its section is about."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    start, ddp, fsdp, rows, strength, audit = each_block("docs/guides/distributed.md")
+    batch, labels = {m: torch.randn(2, c, 8, 8) for m, c in (("rgb", 3), ("depth", 1))}, torch.randint(5, (2, 8, 8))
+    names = {"mrf": mrf, "F": F, "batch": batch, "labels": labels, "mesh": dist.init_device_mesh("cpu", (2,))}
+    exec(start, names)
+    names["model"] = DistributedDataParallel(WithFeatures())
+    exec(ddp, names)
+    names["model"] = WithFeatures()
+    fsdp, averaging = fsdp.split("# model.head")
+    exec(fsdp, names)
+    scores, features = names["model"](batch)
+    task = F.cross_entropy(scores, labels)
+    (task + names["balance"](features) + names["steer"](scores, features)).backward()
+    exec(f"#{averaging}", names)
+    scores, features = names["model"](batch)
+    exec(strength, {**names, "features": features, "task": F.cross_entropy(scores, labels)})
+    exec(rows.replace('"cuda"', '"cpu"'), names)
+    assert names["steer"](scores, features).isfinite()
+    names |= {"model": Scores(), "FEATURES": {m: f"net.encoders.{m}" for m in batch}, "my_part_of_validation": [(batch, labels)]}
+    exec(audit.replace("group)", "group, progress=False)"), names)
+    torch.save((names["audit"].samples, names["mesh"].shape), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_guide_to_distributed_runs(tmp_path):
+    mp.spawn(distributed_guide, args=(str(tmp_path),), nprocs=2)
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [(4, (1, 2))] * 2
 
 
 def test_guide_for_kernel_engineers():

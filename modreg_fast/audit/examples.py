@@ -1,6 +1,7 @@
 """Sample images: what the sensors saw, and which of them each pixel's decision came from."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,26 +29,52 @@ def colour(m: int) -> str:
     return COLOURS[m % len(COLOURS)]
 
 
-def examples(inputs: Mapping[str, Any], maps: Sequence[Sequence[Tensor]], names: Sequence[str], count: int) -> list[Example]:
-    """The first ``count`` samples of a batch; none where the maps ``[m][s]`` ``(B, h, w)`` of the modalities do not lie over
-    each other."""
-    sizes = [[x.shape[1:] for x in row] for row in maps]
-    if count <= 0 or not maps or any(row != sizes[0] or any(len(size) != 2 for size in row) for row in sizes):
-        return []
+def examples(
+    inputs: Mapping[str, Any], maps: Sequence[Sequence[Tensor]], names: Sequence[str], count: int
+) -> tuple[list[Example], str]:
+    """The first ``count`` samples of a batch, from the attribution at each pixel, ``[m][s]`` of shape ``(B, *spatial)``; or why there are
+    none, though there are pixels."""
+    if count <= 0 or not any(x.dim() > 1 for row in maps for x in row):
+        return [], ""
+    found = [[_plane(x[:count], inputs[m]) for x in row] for m, row in zip(names, maps, strict=True)]
+    planes = [[plane for plane in row if plane is not None] for row in found]
+    sizes = [[plane.shape[1:] for plane in row] for row in planes]
+    if len(sizes[0]) < len(maps[0]) or any(row != sizes[0] for row in sizes):
+        told = [f"{m} {', '.join(' x '.join(map(str, x.shape[1:])) for x in row)}" for m, row in zip(names, maps, strict=True)]
+        return [], f"The features do not lie on one grid of rows and columns: {'; '.join(told)}."
     fine = max(sizes[0], key=lambda size: size[0] * size[1])
-    # Energy of a coarse pixel is spread over the fine ones that it covers, so that energies of scales add up.
-    energy = torch.stack(
-        [
-            sum((F.interpolate(x[:count, None].square(), size=fine)[:, 0] * x[0].numel() for x in row), torch.zeros(()))
-            for row in maps
-        ],
-        1,
-    )
+    energy = torch.stack([torch.stack([F.interpolate(x[:, None], size=fine)[:, 0] for x in row]).sum(0) for row in planes], 1)
     attribution = energy.double().sqrt().cpu()  # (count, M, h, w)
     return [
-        Example({m: _picture(inputs[m][b]) for m in names if m in inputs and inputs[m].dim() == 4}, _blend(attribution[b]))
+        Example({m: _picture(inputs[m][b]) for m in names if inputs[m].dim() in (4, 5)}, _blend(attribution[b]))
         for b in range(len(attribution))
-    ]
+    ], ""
+
+
+def _plane(x: Tensor, image: Tensor) -> Tensor | None:
+    """Energy ``(B, h, w)`` of ``(B, *spatial)`` per area, so that energies of scales add up: of a volume its central slice, of tokens
+    their patches of the image. None where there is no plane."""
+    if x.dim() == 2 and (grid := _grid(x.shape[1], image)):
+        x = x[:, -math.prod(grid) :].unflatten(1, grid)
+    energy = x.square() * x[0].numel()
+    if x.dim() == 4:
+        energy = energy[:, x.shape[1] // 2]
+    return energy if energy.dim() == 3 else None
+
+
+def _grid(tokens: int, image: Tensor) -> tuple[int, ...]:
+    """Into how many patches, squares or cubes, the sides of an image or volume are cut to make so many tokens, behind up to eight that
+    stand for no place (of the class, registers); empty where no size of a patch fits."""
+    if image.dim() not in (4, 5):
+        return ()
+    sides = image.shape[2:]
+    for exact in (True, False):  # no rest at the border says more than few tokens of no place
+        for patches in range(tokens, max(tokens - 9, 0), -1):
+            side = int((math.prod(sides) / patches) ** (1 / len(sides)) + 1e-6)  # 2.9999 is 3
+            grid = tuple(n // max(side, 1) for n in sides)
+            if math.prod(grid) == patches and not (exact and any(n % side for n in sides)):
+                return grid
+    return ()
 
 
 def _blend(attribution: Tensor) -> Image:
@@ -73,8 +100,10 @@ def ramp(steps: int = 21) -> list[str]:
 
 
 def _picture(x: Tensor) -> Image:
-    """``(C, H, W)``: its only channel, three, or the means of three groups of neighbours; the middle 98 % spread over the range."""
+    """``(C, H, W)``, or the central slice of ``(C, D, H, W)``: its only channel, three, or the means of three groups of neighbours; the
+    middle 98 % spread over the range."""
     x = x.detach().double().cpu()
+    x = x[:, x.shape[1] // 2] if x.dim() == 4 else x
     channels = x[:1] if len(x) < 3 else torch.stack([group.mean(0) for group in x.tensor_split(3)])
     low, high = torch.quantile(channels.flatten(), torch.tensor([0.01, 0.99], dtype=torch.double))
     scaled = ((channels - low) / torch.where(high > low, high - low, 1)).clamp(0, 1)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,13 @@ from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, nam
 from modreg_fast.audit.examples import Example, examples
 from modreg_fast.audit.result import Audit, Estimate
 from modreg_fast.capture import Entry, capture
+from modreg_fast.distributed import gather_samples
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
 from modreg_fast.losses import _count, _pooled, _selected_score
 from modreg_fast.missing import Drop, evaluate_missing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Loss = Callable[[Tensor, Any], Tensor]
 Features = dict[str, list[Tensor]]
@@ -35,6 +39,7 @@ def audit(
     channel_dim: int = 1,
     drop: Drop = "zeros",
     maps: int = 4,
+    process_group: "ProcessGroup | None" = None,
     progress: bool = True,
 ) -> Audit:
     r"""Measures on which modality a classifier or a segmentation network relies, with 95 % intervals.
@@ -64,8 +69,13 @@ def audit(
         ignore_index: positions with this target are not valid.
         channel_dim: dimension of the channels in the features; 1, or -1 for tokens.
         drop: what takes the place of a missing modality, as in ``evaluate_missing``.
-        maps: for how many samples, from the first, to keep the share of each pixel. Needs features ``(B, C, H, W)`` that have the
-            same resolution for all modalities.
+        maps: for how many samples, from the first, to keep the share of each pixel. Needs the same resolution for all modalities: maps
+            ``(B, C, H, W)``; volumes ``(B, C, D, H, W)``, of which the central slice is shown; or tokens ``(B, N, C)`` that are square
+            patches of the modality's input ``(B, C, H, W)``, cubes of a volume, in reading order behind up to eight others (class,
+            registers). Otherwise ``no_maps`` and the page say what came.
+        process_group: its ranks audit together, each with samples of its own: all return the numbers of all samples, each with the maps
+            of its own. A ``metric`` is then one of torchmetrics, which gathers by itself (``process_group`` in its constructor). None: no
+            other rank is waited for, except by a metric of torchmetrics without ``sync_on_compute=False``.
         progress: show progress bars on stderr.
 
     Returns:
@@ -85,12 +95,16 @@ def audit(
     """
     if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
         validate.fail("audit", "maps", "a number of samples, at least 0", repr(maps))
+    if process_group is not None and metric is not None and not callable(getattr(metric, "compute", None)):
+        validate.fail(
+            "audit", "metric", "one of torchmetrics with process_group: a function sees the samples of one rank", "a function"
+        )
     if isinstance(data, Iterator):
         validate.fail("audit", "data", "readable twice, such as a DataLoader or a list", f"a {type(data).__name__}")
     attribution: list[Tensor] = []
     information: list[Tensor] = []
     shown: list[Example] = []
-    classes = 0
+    classes, no_maps = 0, ""
     with evaluating(model), torch.enable_grad(), _source(model, features) as forward:
         for inputs, target in batches(model, data, "audit", progress):
             scores, captured = forward(inputs)
@@ -101,12 +115,13 @@ def audit(
             counts = (a.sum((0, 1)) != 0).cpu()
             attribution.append(a.cpu()[..., counts])
             information.append(_information(values, captured, mask, channel_dim).cpu()[..., counts])
-            shown += examples(inputs, pixels, list(captured), maps - len(shown))
-    a, i = torch.cat(attribution, 2).double(), torch.cat(information, 2).double()
+            found, no_maps = examples(inputs, pixels, list(captured), maps - len(shown))
+            shown += found
+    a, i = (gather_samples(torch.cat(x, 2).double(), process_group) for x in (attribution, information))
     if a.shape[2] == 0:
         validate.fail("audit", "data", "at least one sample with a valid position and scores that depend on the features", "none")
     names = list(captured)
-    score = _accuracy(classes, ignore_index) if metric is None else metric
+    score = _accuracy(classes, ignore_index, process_group) if metric is None else metric
     missing = evaluate_missing(model, data, score, modalities=names, drop=drop, progress=progress)
     share = modality_share(torch.linalg.vector_norm(a, dim=1))
     by_scale = torch.where(a.sum(0) > 0, a / a.sum(0), torch.nan)  # a scale may lack valid pixels where the sample has some
@@ -119,6 +134,7 @@ def audit(
         information=dict(zip(names, map(_estimates, i), strict=True)),
         missing=replace(missing, metric="accuracy") if metric is None else missing,
         examples=shown,
+        no_maps=no_maps,
     )
 
 
@@ -242,12 +258,14 @@ def _finite(x: Tensor, what: str) -> Tensor:
     return x.detach()
 
 
-def _accuracy(classes: int, ignore_index: int) -> Any:
+def _accuracy(classes: int, ignore_index: int, group: "ProcessGroup | None") -> Any:
     with extra("audit"):
         from torchmetrics.classification import MulticlassAccuracy
     if classes < 2:
         validate.fail("audit", "metric", "given where the scores have one class", "None")
-    return MulticlassAccuracy(classes, average="micro", ignore_index=ignore_index)
+    return MulticlassAccuracy(
+        classes, average="micro", ignore_index=ignore_index, process_group=group, sync_on_compute=group is not None
+    )
 
 
 def _scale_names(features: Features, channel_dim: int, inputs: bool) -> list[str]:

@@ -36,6 +36,7 @@ class Audit:
         information: modality -> scale -> functional Fisher information.
         missing: scores with every subset of the modalities.
         examples: sample images, where the features have pixels.
+        no_maps: why there are no sample images, though the features have pixels.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Audit:
     information: dict[str, list[Estimate]]
     missing: MissingModalities
     examples: list[Example] = field(repr=False)
+    no_maps: str = ""
 
     @property
     def verdict(self) -> str:

@@ -19,18 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write results.csv, results.json and the pictures")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print the ratios to the results.json of another run")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON on stdout, and the tables on stderr")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs what ``add_arguments`` parsed; 0, or 2 for arguments that do not fit."""
+    """Runs what ``add_arguments`` parsed; 0, 1 without the extra, or 2 for arguments that do not fit."""
     try:
         from modreg_fast.bench.run import run
     except ModuleNotFoundError as error:
-        print(f"bench: needs {error.name}, which is not installed: pip install 'modreg_fast[examples]'", file=sys.stderr)
-        return 2
+        print(f"modreg-fast bench: needs the package {error.name}: pip install 'modreg_fast[examples]'", file=sys.stderr)
+        return 1
     try:
-        run(only=args.only, quick=args.quick, threads=args.threads, output=args.output, compare=args.compare)
+        run(only=args.only, quick=args.quick, threads=args.threads, output=args.output, compare=args.compare, as_json=args.json)
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"modreg-fast bench: {error}", file=sys.stderr)
         return 2
     return 0

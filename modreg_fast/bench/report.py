@@ -14,13 +14,14 @@ from modreg_fast.bench.results import Row
 _CACHE = 128 * 2**20  # inputs below this may stay in the last-level cache, which a copy of memory never does
 
 
-def console() -> Console:
+def console(stderr: bool) -> Console:
     """As wide as the terminal, and wide enough for the tables."""
-    return Console(width=max(Console().width, 150))
+    return Console(stderr=stderr, width=max(Console().width, 150))
 
 
 def progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 
 def print_run(rows: list[Row], where: Console) -> None:

@@ -152,8 +152,8 @@ def _parse(line: dict[str, str]) -> Row:
     return Row(**values)
 
 
-def write_json(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+def json_of(rows: list[Row]) -> str:
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
 
 
 def read_json(path: Path) -> list[Row]:

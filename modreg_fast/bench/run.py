@@ -8,7 +8,7 @@ import torch
 from modreg_fast.bench import plots, report
 from modreg_fast.bench.cases import Case, select
 from modreg_fast.bench.measure import Copy, measure
-from modreg_fast.bench.results import Row, read_json, rows, write_csv, write_json
+from modreg_fast.bench.results import Row, json_of, read_json, rows, write_csv
 
 _BUDGET, _QUICK_BUDGET = 1.0, 0.3  # seconds of rounds per case
 
@@ -20,6 +20,7 @@ def run(
     threads: Sequence[int] | None = None,
     output: Path | None = None,
     compare: Path | None = None,
+    as_json: bool = False,
 ) -> list[Row]:
     """What the command does; the arguments are its options. Raises ValueError for a wrong one, before anything is measured."""
     cases = select(only, quick)
@@ -30,15 +31,17 @@ def run(
     if output:
         output.mkdir(parents=True, exist_ok=True)
 
-    where = report.console()
+    where = report.console(stderr=as_json)
     measured = _measure(cases, counts, _QUICK_BUDGET if quick else _BUDGET)
     report.print_run(measured, where)
     if output:
         write_csv(measured, output / "results.csv")
-        write_json(measured, output / "results.json")
+        (output / "results.json").write_text(json_of(measured))
         report.print_files([output / "results.csv", output / "results.json", *plots.save(measured, output)], where)
     if old is not None:
         report.print_comparison(old, measured, where)
+    if as_json:
+        print(json_of(measured), end="")
     return measured
 
 
