@@ -13,7 +13,7 @@
 //
 // One c* for all modalities keeps g small where they are nearly equal, and exactly 0 at the top channel where they agree confidently, so
 // the differences above cancel little; statistics() finds the pixels where they cancel much, or where e_m overflows, and leaves them to
-// Group. c* is found on the way: where R exceeds R[c*] by more than a factor 2^2 in e_R, c* moves and the sums are rescaled. Two
+// Group. c* is found on the way: where R exceeds R[c*] by more than a factor 2^3 in e_R, c* moves and the sums are rescaled. Two
 // modalities need two exponentials, not three: with h_m = exp((x_m - x_m[c*]) / 2), e_m = h_m^2 and e_R = h_0 h_1.
 //
 // Memory: sums() reads each row once, gradients() reads it once more and writes the row of the gradient once, around the caches where the
@@ -59,7 +59,7 @@ template <class T, bool Backward>
 class Strip {
  public:
   static constexpr int n = kLanes<T>;
-  static constexpr T log2_e = T(1.44269504088896340736);
+  static constexpr T log2_e = T(1.44269504088896340736), margin = 3 / log2_e;  // of R over R[c*], before c* moves
 
   // `memory`: softmax_fisher_strip_bytes().
   Strip(const SoftmaxFisher& problem, int64_t channels, int active, char* memory)
@@ -68,11 +68,6 @@ class Strip {
   // Takes the sums of `pixels`, a multiple of a group.
   template <class Storage>
   void sums(const Rows<const Storage>& rows, int64_t pixels) {
-    const V<T> lowest = broadcast(T(-0x1p100));  // the first channels move c*
-    for (int64_t i = 0; i < pixels; i += n) {
-      reference(i) = ReferenceSums<T>{lowest};
-      for (int a = 0; a < active_; ++a) *modality(i, a) = ModalitySums<T>{lowest};
-    }
     with_count([&](auto count) { sums<Storage, count()>(rows, pixels); });
   }
 
@@ -86,7 +81,7 @@ class Strip {
       V<T> offset = {};
       I<T> fine = ~I<T>{};
       for (int a = 0; a < active_; ++a) {
-        ModalitySums<T>& s = *modality(pixel + v * n, a);
+        ModalitySums<T>& s = modality(pixel + v * n, a);
         Modality<T>& result = modalities[a];
         const V<T> sum = r.sum + s.gap, inverse = T(1) / sum, excess = s.gap * share, log_sum = log<T>(sum);
         const V<T> n_sum = s.square - excess * (T(2) * s.cross - excess * r.square);
@@ -130,6 +125,10 @@ class Strip {
   template <class Storage, int M>
   void sums(const Rows<const Storage>& rows, int64_t pixels) {
     const int64_t whole = channels_ / 4 * 4;
+    if (whole > 0)
+      start(Block<Storage, M, 4>(rows, active_, 0), pixels);
+    else
+      start(Block<Storage, M, 1>(rows, active_, 0), pixels);
     add_channels<Storage, M, 4>(rows, 0, whole, pixels);
     if (whole < channels_) add_channels<Storage, M, 1>(rows, whole, channels_, pixels);
   }
@@ -166,6 +165,23 @@ class Strip {
     }
   };
 
+  // c* is the channel with the largest R of the block, and the sums are empty.
+  template <class Storage, int M, int K>
+  void start(Block<Storage, M, K> block, int64_t pixels) {
+    for (int64_t i = 0; i < pixels; i += n, block.next()) {
+      V<T> total[K];
+      block.totals(total);
+      V<T> top = total[0];
+      for (int k = 1; k < K; ++k) top = maximum<T>(total[k], top);
+      reference(i) = ReferenceSums<T>{top};
+      for (int a = 0; a < block.count; ++a) {
+        V<T> shift = block.load(a, 0);
+        for (int k = 1; k < K; ++k) shift = select<T>(total[k] == top, block.load(a, k), shift);
+        modality(i, a) = ModalitySums<T>{shift};
+      }
+    }
+  }
+
   // Adds channels to the sums, K at a time.
   template <class Storage, int M, int K>
   __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
@@ -176,15 +192,14 @@ class Strip {
   template <class Storage, int M, int K>
   MRF_INLINE void add_block(Block<Storage, M, K> block, int64_t pixels) {
     const int count = M > 0 ? M : block.count;
-    const T margin = 2 / log2_e * count;
     for (int64_t i = 0; i < pixels; i += n, block.next()) {
       ReferenceSums<T>& r = reference(i);
-      ModalitySums<T>* sums = modality(i, 0);
+      ModalitySums<T>* sums = &modality(i, 0);
       V<T> e_r[K], shifted[2][K], h[2][K];
       block.totals(e_r);
       V<T> top = e_r[0];
       for (int k = 1; k < K; ++k) top = maximum<T>(e_r[k], top);
-      if (__builtin_expect(any_greater<T>(top, r.shift + margin), false)) move_shift(block, r, sums);
+      if (__builtin_expect(any_greater<T>(top, r.shift + margin * count), false)) move_shift(block, r, sums);
       if constexpr (M == 2) {
         for (int k = 0; k < K; ++k) {
           for (int a = 0; a < 2; ++a) {
@@ -227,7 +242,7 @@ class Strip {
     block.totals(total);
     V<T> top = total[0];
     for (int k = 1; k < K; ++k) top = maximum<T>(total[k], top);
-    const I<T> moves = top > r.shift + 2 / log2_e * count;
+    const I<T> moves = top > r.shift + margin * count;
     for (int a = 0; a < count; ++a) {
       V<T> shift = sums[a].shift;
       for (int k = 0; k < K; ++k) shift = select<T>(moves & (total[k] == top), block.load(a, k), shift);
@@ -269,7 +284,7 @@ class Strip {
     for (int a = 0; a < count; ++a) to[a] = gradients.data[a] + channel * gradients.stride[a];
     for (int64_t i = 0; i < pixels; i += n, block.next()) {
       const ReferenceSums<T>& r = reference(i);
-      const ModalitySums<T>* sums = modality(i, 0);
+      const ModalitySums<T>* sums = &modality(i, 0);
       V<T> e_r[K], bracket[K], shifted[2][K], h[2][K];
       if constexpr (M == 2) {
         for (int k = 0; k < K; ++k) {
@@ -310,8 +325,8 @@ class Strip {
   }
 
   MRF_INLINE ReferenceSums<T>& reference(int64_t i) { return *(ReferenceSums<T>*)(memory_ + i / n * register_bytes()); }
-  MRF_INLINE ModalitySums<T>* modality(int64_t i, int a) {
-    return (ModalitySums<T>*)(memory_ + i / n * register_bytes() + sizeof(ReferenceSums<T>)) + a;
+  MRF_INLINE ModalitySums<T>& modality(int64_t i, int a) {
+    return ((ModalitySums<T>*)(memory_ + i / n * register_bytes() + sizeof(ReferenceSums<T>)))[a];
   }
   MRF_INLINE int64_t register_bytes() const { return sizeof(ReferenceSums<T>) + active_ * sizeof(ModalitySums<T>); }
 
