@@ -182,6 +182,24 @@ class Strip {
     }
   }
 
+  // e_R of K channels from the sums of their modalities; of two modalities by way of x_m - x_m[c*] and h_m, which it leaves.
+  template <class Storage, int M, int K>
+  static MRF_INLINE void exponentials(const Block<Storage, M, K>& block, const V<T> (&total)[K], const ReferenceSums<T>& r,
+                                      const ModalitySums<T>* sums, V<T> (&shifted)[2][K], V<T> (&h)[2][K], V<T> (&e_r)[K]) {
+    if constexpr (M == 2) {
+      for (int k = 0; k < K; ++k) {
+        for (int a = 0; a < 2; ++a) {
+          shifted[a][k] = block.load(a, k) - sums[a].shift;
+          h[a][k] = exp2<T>(shifted[a][k] * (log2_e / 2));
+        }
+        e_r[k] = h[0][k] * h[1][k];
+      }
+    } else {
+      const V<T> shift = mean_of<T>(r.shift, block.count);
+      for (int k = 0; k < K; ++k) e_r[k] = exp2<T>((mean_of<T>(total[k], block.count) - shift) * log2_e);
+    }
+  }
+
   // Adds channels to the sums, K at a time.
   template <class Storage, int M, int K>
   __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
@@ -195,23 +213,12 @@ class Strip {
     for (int64_t i = 0; i < pixels; i += n, block.next()) {
       ReferenceSums<T>& r = reference(i);
       ModalitySums<T>* sums = &modality(i, 0);
-      V<T> e_r[K], shifted[2][K], h[2][K];
-      block.totals(e_r);
-      V<T> top = e_r[0];
-      for (int k = 1; k < K; ++k) top = maximum<T>(e_r[k], top);
+      V<T> total[K], shifted[2][K], h[2][K], e_r[K];
+      block.totals(total);
+      V<T> top = total[0];
+      for (int k = 1; k < K; ++k) top = maximum<T>(total[k], top);
       if (__builtin_expect(any_greater<T>(top, r.shift + margin * count), false)) move_shift(block, r, sums);
-      if constexpr (M == 2) {
-        for (int k = 0; k < K; ++k) {
-          for (int a = 0; a < 2; ++a) {
-            shifted[a][k] = block.load(a, k) - sums[a].shift;
-            h[a][k] = exp2<T>(shifted[a][k] * (log2_e / 2));
-          }
-          e_r[k] = h[0][k] * h[1][k];
-        }
-      } else {
-        const V<T> shift = mean_of<T>(r.shift, count);
-        for (int k = 0; k < K; ++k) e_r[k] = exp2<T>((mean_of<T>(e_r[k], count) - shift) * log2_e);
-      }
+      exponentials(block, total, r, sums, shifted, h, e_r);
       for (int k = 0; k < K; ++k) {
         r.sum += e_r[k];
         r.square = fused<T>(e_r[k], e_r[k], r.square);
@@ -285,20 +292,9 @@ class Strip {
     for (int64_t i = 0; i < pixels; i += n, block.next()) {
       const ReferenceSums<T>& r = reference(i);
       const ModalitySums<T>* sums = &modality(i, 0);
-      V<T> e_r[K], bracket[K], shifted[2][K], h[2][K];
-      if constexpr (M == 2) {
-        for (int k = 0; k < K; ++k) {
-          for (int a = 0; a < 2; ++a) {
-            shifted[a][k] = block.load(a, k) - sums[a].shift;
-            h[a][k] = exp2<T>(shifted[a][k] * (log2_e / 2));
-          }
-          e_r[k] = h[0][k] * h[1][k];
-        }
-      } else {
-        block.totals(e_r);
-        const V<T> shift = mean_of<T>(r.shift, count);
-        for (int k = 0; k < K; ++k) e_r[k] = exp2<T>((mean_of<T>(e_r[k], count) - shift) * log2_e);
-      }
+      V<T> total[K], shifted[2][K], h[2][K], e_r[K], bracket[K];
+      block.totals(total);
+      exponentials(block, total, r, sums, shifted, h, e_r);
       for (int k = 0; k < K; ++k) bracket[k] = r.square;
       for (int a = 0; a < count; ++a) {
         const ModalitySums<T>& s = sums[a];
