@@ -13,7 +13,7 @@
 //
 // One c* for all modalities keeps g small where they are nearly equal, and exactly 0 at the top channel where they agree confidently, so
 // the differences above cancel little; statistics() finds the pixels where they cancel much, or where e_m overflows, and leaves them to
-// Group. c* is found on the way: where R exceeds R[c*] by more than a factor 2^3 in e_R, c* moves and the sums are rescaled. Two
+// Group. c* is found on the way: where R exceeds R[c*] by more than a factor 2^2 in e_R, c* moves and the sums are rescaled. Two
 // modalities need two exponentials, not three: with h_m = exp((x_m - x_m[c*]) / 2), e_m = h_m^2 and e_R = h_0 h_1.
 //
 // Memory: sums() reads each row once, gradients() reads it once more and writes the row of the gradient once, around the caches where the
@@ -59,7 +59,7 @@ template <class T, bool Backward>
 class Strip {
  public:
   static constexpr int n = kLanes<T>;
-  static constexpr T log2_e = T(1.44269504088896340736), margin = 3 / log2_e;  // of R over R[c*], before c* moves
+  static constexpr T log2_e = T(1.44269504088896340736), margin = 2 / log2_e;  // of R over R[c*], before c* moves
 
   // `memory`: softmax_fisher_strip_bytes().
   Strip(const SoftmaxFisher& problem, int64_t channels, int active, char* memory)
@@ -85,7 +85,7 @@ class Strip {
         Modality<T>& result = modalities[a];
         const V<T> sum = r.sum + s.gap, inverse = T(1) / sum, excess = s.gap * share, log_sum = log<T>(sum);
         const V<T> n_sum = s.square - excess * (T(2) * s.cross - excess * r.square);
-        fine &= (s.square <= T(64) * n_sum) & (sum < T(0x1p40)) & (r.sum < T(0x1p40));  // false for NaN
+        fine &= (s.square <= T(32) * n_sum) & (sum < T(0x1p40)) & (r.sum < T(0x1p40));  // false for NaN
         result.n[v] = n_sum * inverse * inverse;
         result.cross_entropy[v] = log_sum - s.distance * share;
         if constexpr (Backward) {
