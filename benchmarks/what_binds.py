@@ -102,7 +102,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     small, large = (_cached_calls(pixels) for pixels in CACHED_PIXELS)
-    seconds = medians({f"{name} {size}": calls[name] for name in small for size, calls in (("-", small), ("+", large))}, repeat=200)
+    seconds = medians(
+        {f"{name} {size}": calls[name] for name in small for size, calls in (("-", small), ("+", large))}, repeat=200
+    )
     scale = BATCH * PIXELS / (CACHED_PIXELS[1] - CACHED_PIXELS[0]) / threads
     print(f"\nin the cache, without the cost of a call: ms for as much work as above on {threads} threads")
     for name in small:

@@ -35,8 +35,8 @@ def plain(features, upstream, eps=oracle.EPS):
 def hard(case, modalities, shape=(2, 19, 12, 16)):
     """Inputs on which float32 is hard pressed, at one scale. A third modality lies between the other two."""
     x, y = torch.randn(shape), torch.randn(shape)
-    winner = torch.zeros(shape)
-    winner[:, 3] = 1
+    winner, opposed, later = torch.zeros(3, *shape)
+    winner[:, 3] = opposed[:, 4] = later[:, 8] = 1
     pair = {
         "agree_1e-2": (x, x + 1e-2 * y),
         "agree_1e-4": (x, x + 1e-4 * y),
@@ -48,6 +48,9 @@ def hard(case, modalities, shape=(2, 19, 12, 16)):
         "saturated_one": (x, 80 * y.sign()),
         "confident": (x + 200 * winner, y),
         "both_confident": (0.1 * x + 50 * winner, 0.1 * y + 200 * winner),
+        "spread_10": (10 * x, 10 * y),
+        "spread_30": (30 * x, 30 * y),
+        "overtaken": (x + 70 * opposed + 60 * later, y - 75 * opposed + 60 * later),  # e^140 before both agree on e^60
         "wide": (100 * x, 100 * y),
         "huge": (1e4 * x, 1e4 * y),
         "offset": (x + 1e4, y - 1e4),
@@ -60,7 +63,8 @@ def hard(case, modalities, shape=(2, 19, 12, 16)):
 RESOLUTION = np.finfo(np.float64).eps ** 2 / oracle.EPS
 
 HARD = ["agree_1e-2", "agree_1e-4", "agree_1e-6", "agree_far_out", "saturated_80", "one_hot_80", "one_hot_agree", "saturated_one"]
-HARD += ["confident", "both_confident", "wide", "huge", "offset", "constant"]
+HARD += ["confident", "both_confident", "spread_10", "spread_30", "overtaken"]
+HARD += ["wide", "huge", "offset", "constant"]
 
 
 @pytest.mark.parametrize("channels", [2, 3, 19, 150, 1024])

@@ -85,7 +85,7 @@ class Strip {
         Modality<T>& result = modalities[a];
         const V<T> sum = r.sum + s.gap, inverse = T(1) / sum, excess = s.gap * share, log_sum = log<T>(sum);
         const V<T> n_sum = s.square - excess * (T(2) * s.cross - excess * r.square);
-        fine &= (s.square <= T(32) * n_sum) & (sum < T(0x1p40)) & (r.sum < T(0x1p40));  // false for NaN
+        fine &= (s.square <= T(32) * n_sum) & (s.square < T(0x1p80)) & (sum < T(0x1p40)) & (r.sum < T(0x1p40));  // false for NaN
         result.n[v] = n_sum * inverse * inverse;
         result.cross_entropy[v] = log_sum - s.distance * share;
         if constexpr (Backward) {
