@@ -27,8 +27,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 
-# -Wno-psabi and -Wno-maybe-uninitialized: GCC's own notes on vector arguments and on its intrinsics headers.
-FLAGS = "-std=c++17 -O3 -g0 -fPIC -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -fno-math-errno -fno-trapping-math"
+# -Wno-psabi and the other two: GCC's own notes on vector arguments and on its intrinsics headers.
+FLAGS = "-std=c++17 -O3 -g0 -fPIC -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -fno-math-errno -fno-trapping-math"
 STABLE_ABI = "-DPy_LIMITED_API=0x030A0000 -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY"
 
 

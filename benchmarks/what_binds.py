@@ -101,11 +101,14 @@ def main() -> None:
             print(f"  {name:48} {value * 1e3:8.1f} {speed / 1e9:6.1f} {speed / copy:7.0%}")
 
     torch.set_num_threads(1)
-    small, large = (medians(_cached_calls(pixels), repeat=200) for pixels in CACHED_PIXELS)
+    small, large = (_cached_calls(pixels) for pixels in CACHED_PIXELS)
+    seconds = medians(
+        {f"{name} {size}": calls[name] for name in small for size, calls in (("-", small), ("+", large))}, repeat=200
+    )
     scale = BATCH * PIXELS / (CACHED_PIXELS[1] - CACHED_PIXELS[0]) / threads
     print(f"\nin the cache, without the cost of a call: ms for as much work as above on {threads} threads")
     for name in small:
-        print(f"  {name:48} {(large[name] - small[name]) * scale * 1e3:8.1f}")
+        print(f"  {name:48} {(seconds[f'{name} +'] - seconds[f'{name} -']) * scale * 1e3:8.1f}")
 
 
 def _cached_calls(pixels: int) -> dict[str, Callable[[], object]]:

@@ -90,8 +90,9 @@ const T* data_or_null(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<const T*>(flat_view_of(*x).data) : nullptr;
 }
 
-// Bytes of all inputs of a tile: with the next tile on its way, two of them fit a 1 MiB L2.
-constexpr int64_t kTileBytes = 256 << 10;
+// Bytes of all inputs of a tile at most. A backward pass reads its tile twice, the second time from L2 or L3; longer rows than that would
+// allow in L1 are worth more than staying there.
+constexpr int64_t kTileBytes = 1 << 20;
 
 // Cuts tensors (one per tiling, `tensors_per_pixel` of its kind read together) into units; returns the number of units.
 int64_t divide(const Tensor* tensors, int count, const Tensors& masks, int tensors_per_pixel, int64_t most_pixels,
@@ -164,7 +165,7 @@ struct SoftmaxFisherCall {
     problem.modalities = int(sigma.size());
     problem.scales = int(inputs.size() / sigma.size());
     STD_TORCH_CHECK(problem.modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
-    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, 512, !present.has_value(), tilings);
+    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, mrf::kMostPixels, !present.has_value(), tilings);
     problem.draws = int(draws);
     problem.batch = inputs[0].size(0);
     problem.tilings = tilings.data();

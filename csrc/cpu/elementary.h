@@ -22,18 +22,21 @@ template <class T> struct Constants;
 
 template <>
 struct Constants<float> {
-  static constexpr int mantissa = 23, bias = 127, trigonometric_terms = 6;
+  static constexpr int mantissa = 23, bias = 127;
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   static constexpr float lowest = -126.5f;   // exp2 of less is 0
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float exp2[] = {0.693151311817609790f, 0.240164450039272943f, 0.0557999134252242838f, 0.00901702996252961276f,
                                    0.00186713021195126332f};
   static constexpr float log[] = {0.666666656371125332f, 0.400003372508281584f, 0.285371679602035548f, 0.235849879602600841f};
+  // Taylor coefficients of sin x / x and cos x in -x^2
+  static constexpr float sine[] = {1, 1 / 6.0f, 1 / 120.0f, 1 / 5040.0f, 1 / 362880.0f, 1 / 39916800.0f};
+  static constexpr float cosine[] = {1, 1 / 2.0f, 1 / 24.0f, 1 / 720.0f, 1 / 40320.0f, 1 / 3628800.0f};
 };
 
 template <>
 struct Constants<double> {
-  static constexpr int mantissa = 52, bias = 1023, trigonometric_terms = 10;
+  static constexpr int mantissa = 52, bias = 1023;
   static constexpr double round = 0x1.8p52, lowest = -1022.5;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39p-40;
   static constexpr double exp2[] = {0.69314718055994592842,     0.24022650695906330204,     0.055504108665602253297,
@@ -42,6 +45,10 @@ struct Constants<double> {
                                     6.559529322770528367e-9,    6.2634661422960210149e-10};
   static constexpr double log[] = {0.666666666666666609, 0.400000000000063321, 0.285714285690584851, 0.222222226509407813,
                                    0.181817753325132877, 0.153871053788760287, 0.132497870631436695, 0.132543521492970591};
+  static constexpr double sine[] = {1,           1 / 6.0,        1 / 120.0,         1 / 5040.0,           1 / 362880.0,
+                                    1 / 39916800.0, 1 / 6227020800.0, 1 / 1307674368e3, 1 / 355687428096e3, 1 / 121645100408832e3};
+  static constexpr double cosine[] = {1,           1 / 2.0,        1 / 24.0,         1 / 720.0,           1 / 40320.0,
+                                      1 / 3628800.0, 1 / 479001600.0, 1 / 87178291200.0, 1 / 20922789888e3, 1 / 6402373705728e3};
 };
 
 // 2^x = 2^floor(x) 2^r with r in [0, 1) and 2^r = 1 + r Q(r); NaN stays NaN, and below the normal numbers comes 0 (or a denormal).
@@ -98,14 +105,7 @@ MRF_INLINE void sincos_turns(V<T> turns, V<T>& sine, V<T>& cosine) {
   const V<T> shifted = turns * T(4) + K::round;
   const I<T> quarter = (I<T>)shifted;
   const V<T> x = (turns * T(4) - (shifted - K::round)) * T(1.57079632679489661923);
-  const V<T> z = -(x * x);
-  V<T> s = broadcast(T(1)), c = s;
-#pragma GCC unroll 16
-  for (int k = K::trigonometric_terms; k > 0; --k) {
-    s = T(1) + s * z * (T(1) / T((2 * k) * (2 * k + 1)));
-    c = T(1) + c * z * (T(1) / T((2 * k - 1) * (2 * k)));
-  }
-  s *= x;
+  const V<T> z = -(x * x), s = polynomial<T>(z, K::sine) * x, c = polynomial<T>(z, K::cosine);
   const I<T> odd = (quarter & 1) != 0;
   const V<T> a = odd ? c : s, b = odd ? s : c;
   sine = (quarter & 2) != 0 ? -a : a;
@@ -114,37 +114,42 @@ MRF_INLINE void sincos_turns(V<T> turns, V<T>& sine, V<T>& cosine) {
 
 // ---- Philox4x32-10 (Salmon et al., SC 2011) ----
 
-// High and low words of the products of 32-bit lanes with a constant.
-MRF_INLINE void multiply_wide(Words a, uint32_t constant, Words& high, Words& low) {
-  using Wide = VectorOf<uint64_t, kLanes<double>>::type;
-  const Wide even = (Wide)a, odd = even >> 32, m = Wide{} + constant;
+using Wide = VectorOf<uint64_t, kLanes<double>>::type;
+
+// The 64-bit product of the low words of the lanes.
+MRF_INLINE Wide multiply_low_words(Wide a, uint32_t constant) {
+  const Wide m = Wide{} + constant;
 #if defined(__AVX512F__)
-  const Wide pe = (Wide)_mm512_mul_epu32((__m512i)even, (__m512i)m), po = (Wide)_mm512_mul_epu32((__m512i)odd, (__m512i)m);
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)m);
 #elif defined(__AVX2__)
-  const Wide pe = (Wide)_mm256_mul_epu32((__m256i)even, (__m256i)m), po = (Wide)_mm256_mul_epu32((__m256i)odd, (__m256i)m);
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)m);
 #elif defined(__x86_64__)
-  const Wide pe = (Wide)_mm_mul_epu32((__m128i)even, (__m128i)m), po = (Wide)_mm_mul_epu32((__m128i)odd, (__m128i)m);
+  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)m);
 #else
-  const Wide pe = (even & 0xffffffffu) * m, po = odd * m;
+  return (a & 0xffffffffu) * m;
 #endif
-  high = (Words)((pe >> 32) | (po & 0xffffffff00000000u));
-  low = (Words)((pe & 0xffffffffu) | (po << 32));
 }
 
-MRF_INLINE void philox4x32(Words (&counter)[4], uint32_t key0, uint32_t key1) {
-  Words c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+// Ten rounds on the low words of the lanes; what stands in the high words does not matter.
+MRF_INLINE void philox_rounds(Wide (&c)[4], uint32_t key0, uint32_t key1) {
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    Words high0, low0, high1, low1;
-    multiply_wide(c0, 0xD2511F53u, high0, low0);
-    multiply_wide(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ key0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ key1;
-    c3 = low0;
+    const Wide first = multiply_low_words(c[0], 0xD2511F53u), second = multiply_low_words(c[2], 0xCD9E8D57u);
+    c[0] = (second >> 32) ^ c[1] ^ key0;
+    c[1] = second;
+    c[2] = (first >> 32) ^ c[3] ^ key1;
+    c[3] = first;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  counter[0] = c0, counter[1] = c1, counter[2] = c2, counter[3] = c3;
+}
+
+MRF_INLINE void philox4x32(Words (&counter)[4], uint32_t key0, uint32_t key1) {
+  Wide even[4], odd[4];
+  for (int w = 0; w < 4; ++w) even[w] = (Wide)counter[w], odd[w] = (Wide)counter[w] >> 32;
+  philox_rounds(even, key0, key1);
+  philox_rounds(odd, key0, key1);
+  for (int w = 0; w < 4; ++w) counter[w] = (Words)((even[w] & 0xffffffffu) | (odd[w] << 32));
 }
 
 // Two standard normals from two words (Box-Muller): sqrt(-2 log u) (cos 2 pi v, sin 2 pi v), u in (0, 1], v in [0, 1].

@@ -42,11 +42,6 @@ MRF_INLINE void store_some(Storage* p, V<T> x, int64_t count, bool streams) {
   for (int64_t i = 0; i < count; ++i) p[i] = narrow[i];
 }
 
-template <class Storage>
-Storage* at(const View& view, const Unit& unit) {
-  return (Storage*)view.data + unit.sample * view.sample_stride + unit.begin * view.pixel_stride;
-}
-
 // The lines of a tile: contiguous runs of channels (channels last) or of pixels.
 template <bool PixelLines>
 struct Lines {
@@ -60,13 +55,6 @@ struct Lines {
   }
   static int64_t stride(const View& view) { return PixelLines ? view.channel_stride : view.pixel_stride; }
 };
-
-// Whether every register of every line is aligned to its size.
-template <class T, class Storage>
-bool aligned(const Storage* p, int64_t stride) {
-  constexpr uintptr_t low_bits = kLanes<T> * sizeof(Storage) - 1;
-  return !(uintptr_t(p) & low_bits) && !(stride * sizeof(Storage) & low_bits);
-}
 
 // norm[p] = sum_c g^2 and square[p] = sum_c (g e)^2 for every pixel of the unit.
 template <class T, class Storage, bool PixelLines, bool HasFeature>

@@ -29,6 +29,12 @@ struct Valid {
 
 template <class T>
 MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
+  Valid<T> valid;
+  if (mask == nullptr && pixels == kGroup) {
+    for (I<T>& lanes : valid.lanes) lanes = ~I<T>{};
+    valid.count = kGroup;
+    return valid;
+  }
   typename IntegerOf<sizeof(T)>::type lane[kGroup];
   int count = 0;
   for (int i = 0; i < kGroup; ++i) {
@@ -36,7 +42,6 @@ MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
     lane[i] = counts ? -1 : 0;
     count += counts;
   }
-  Valid<T> valid;
   __builtin_memcpy(valid.lanes, lane, sizeof lane);
   valid.count = count;
   return valid;
@@ -73,6 +78,7 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
       for (int i = 0; i < n; ++i) {
         Storage tail[n] = {};
         const Storage* source = pixel + i * view.pixel_stride + c;
+        prefetch(source + group * view.pixel_stride);  // of the next group
         if (i >= here || !whole) {
           if (i < here)
             for (int64_t k = c; k < channels; ++k) tail[k - c] = source[k - c];
@@ -132,6 +138,19 @@ __attribute__((noinline)) void scatter(Storage* p, const View& view, int64_t cha
   }
 }
 
+// The first element of a unit.
+template <class Storage>
+Storage* at(const View& view, const Unit& unit) {
+  return (Storage*)view.data + unit.sample * view.sample_stride + unit.begin * view.pixel_stride;
+}
+
+// Whether every register of every line is aligned to its size.
+template <class T, class Storage>
+bool aligned(const Storage* p, int64_t stride) {
+  constexpr uintptr_t low_bits = kLanes<T> * sizeof(Storage) - 1;
+  return !(uintptr_t(p) & low_bits) && !(stride * sizeof(Storage) & low_bits);
+}
+
 // Calls f with a null pointer of the storage type; float64 is stored and computed as double, everything else computed as float.
 template <class T, class F>
 MRF_INLINE void with_storage(DType dtype, F f) {
@@ -143,8 +162,6 @@ MRF_INLINE void with_storage(DType dtype, F f) {
     if (dtype == DType::float16) f((float16*)nullptr);
   }
 }
-
-static inline int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <class T>
 inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, Vectors<T>& top) {
@@ -159,62 +176,6 @@ inline void scatter(DType dtype, const View& view, int64_t sample, int64_t pixel
     scatter<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows);
   });
 }
-
-// Brings the tile of the next unit into L2, a few cache lines at a time between the arithmetic on the present one: the hardware
-// prefetchers cannot follow one stream per channel. Row by row, each row (or contiguous block, channels last) line by line.
-class Prefetcher {
- public:
-  static constexpr int line = 64;
-
-  void add(DType dtype, const View& view, const Unit& unit, int64_t channels) {
-    const int size = size_of(dtype);
-    const char* start = (const char*)view.data + (unit.sample * view.sample_stride + unit.begin * view.pixel_stride) * size;
-    const int64_t pixels = unit.end - unit.begin;
-    Block& block = blocks_[count_++];
-    if (view.pixel_stride == 1)
-      block = {start, channels, view.channel_stride * size, pixels * size};
-    else
-      block = {start, pixels, view.pixel_stride * size, channels * size};
-    lines_ += block.rows * ((block.bytes + line - 1) / line);
-  }
-
-  // Spreads what was added over `steps` calls of step().
-  void plan(int64_t steps) {
-    per_step_ = steps > 0 ? int((lines_ + steps - 1) / steps) : 0;
-    enter(0, 0);
-  }
-
-  MRF_INLINE void step() {
-    for (int i = 0; i < per_step_; ++i) {
-      prefetch(at_);
-      at_ += line;
-      if (at_ >= row_end_) enter(block_, row_ + 1);
-    }
-  }
-
- private:
-  struct Block {
-    const char* start;
-    int64_t rows, stride, bytes;
-  };
-
-  // Inlined: a call would spill every vector register of the loop around it.
-  MRF_INLINE void enter(int block, int64_t row) {
-    if (block < count_ && row == blocks_[block].rows) ++block, row = 0;
-    if (block == count_) {
-      per_step_ = 0;
-      return;
-    }
-    block_ = block, row_ = row;
-    at_ = blocks_[block].start + row * blocks_[block].stride;
-    row_end_ = at_ + blocks_[block].bytes;
-  }
-
-  Block blocks_[kMaxModalities];
-  int count_ = 0, block_ = 0, per_step_ = 0;
-  int64_t lines_ = 0, row_ = 0;
-  const char *at_ = nullptr, *row_end_ = nullptr;
-};
 
 }  // namespace MRF_ISA
 }  // namespace mrf

@@ -54,6 +54,18 @@ MRF_INLINE bool all_lanes(I<T> mask) {
   return all != 0;
 }
 
+template <class T>
+MRF_INLINE bool any_greater(V<T> a, V<T> b) {  // not where either is NaN
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_epi8((__m256i)(a > b)) != 0;
+#else
+  return !all_lanes<T>(~(I<T>)(a > b));
+#endif
+}
+
 // a * b + c, rounded once where the instruction set can, and everywhere in the same way: the compiler's own choice of what it fuses could
 // differ between two sums that must come out equal.
 template <class T>

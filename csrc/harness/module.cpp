@@ -85,6 +85,7 @@ Array<uint32_t> philox(const std::string& isa, const Array<uint32_t>& counters, 
 template <class T>
 py::tuple softmax_fisher(const std::string& isa, const Array<T>& features, const Array<double>& weight, double eps) {
   const int64_t modalities = features.shape(0), batch = features.shape(1), channels = features.shape(2), pixels = features.shape(3);
+  if (pixels > mrf::kMostPixels) throw py::value_error("more pixels than a unit holds");
   const auto dtype = sizeof(T) == 8 ? mrf::DType::float64 : mrf::DType::float32;
   const mrf::Tiling tiling{dtype, channels, pixels, pixels, 1, 0, nullptr};
   Array<T> gradients({modalities, batch, channels, pixels});
