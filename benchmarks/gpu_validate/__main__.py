@@ -3,6 +3,7 @@
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from benchmarks.gpu_validate.runner import passed, run
 from benchmarks.gpu_validate.steps import plan
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu_validate", description="Checks and times both GPU backends on this machine."
     )
@@ -26,7 +27,7 @@ def main() -> int:
         metavar="DIR",
         help="folder for the report (default %(default)s)",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not options.dry_run and (torch.version.cuda is None or torch.cuda.device_count() == 0):
         print(
             f"gpu_validate: torch {torch.__version__} finds no NVIDIA GPU here; --dry-run goes through the same steps on the CPU",
@@ -34,7 +35,7 @@ def main() -> int:
         )
         return 2
     with tempfile.TemporaryDirectory() as scratch:
-        outcomes = run(plan(options.dry_run, options.output, Path(scratch)))
+        outcomes = run(plan(options.dry_run, Path(scratch)))
     page.write(outcomes, options.output, options.dry_run)
     print(f"\nreport: {options.output / 'report.html'}, {options.output / 'report.json'}")
     return 0 if passed(outcomes) else 1

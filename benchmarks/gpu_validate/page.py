@@ -9,6 +9,8 @@ from pathlib import Path
 import jinja2
 
 from benchmarks.gpu_validate.runner import Outcome, passed
+from modreg_fast.bench import plots
+from modreg_fast.bench.results import Row
 
 _HIDDEN = {"device", "versions", "date", "bytes", "peak_bytes", "calls", "threads", "modalities", "samples"}  # in the JSON only
 
@@ -20,8 +22,9 @@ def write(outcomes: list[Outcome], folder: Path, dry_run: bool) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"cell": _cell, "image": _image}
+    rows = [Row(**row) for outcome in outcomes for row in outcome.tables.get("speed", [])]
     page = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(
-        report=report, outcomes=outcomes, pictures=sorted(folder.glob("*.png")), hidden=_HIDDEN
+        report=report, outcomes=outcomes, pictures=plots.save(rows, folder) if rows else [], hidden=_HIDDEN
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from modreg_fast.bench import memory, plots
+from modreg_fast.bench import memory
 from modreg_fast.bench.accuracy import Oracle
 from modreg_fast.bench.cases import Case
 from modreg_fast.bench.measure import Result, Timing
@@ -32,29 +31,30 @@ def cases(dry_run: bool) -> list[Case]:
     return [*plain, Case("softmax_fisher", wide, "float32", "pixels", 1, ("eager", "triton", "cuda"))]
 
 
-def measure(dry_run: bool, output: Path) -> tuple[list[Row], list[str]]:
-    """The rows, and who failed on what. Writes the pictures of ``modreg_fast.bench``."""
+def measure(dry_run: bool) -> tuple[list[Row], list[str], list[str]]:
+    """The rows, who failed on what, and what was left out for lack of memory."""
     device, seconds = ("cpu", 0.02) if dry_run else ("cuda", 0.5)
     source = torch.ones(2**18 if dry_run else 2**28, device=device)
     target = torch.empty_like(source)
     measured: list[Row] = []
-    failures = []
+    failures, left_out = [], []
     for case in cases(dry_run):
         copying = _time(lambda: target.copy_(source), seconds)
         results = []
         for provider in case.providers:
             try:
                 results.append(_result(provider, case, device, seconds))
-            except Exception as error:  # out of memory, or the compiler; the others go on
-                failures.append(f"{case}, {provider}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            except torch.OutOfMemoryError:
+                left_out.append(f"{case}, {provider}")
+            except Exception as error:  # of the compiler, or of a kernel; the others go on
+                failures.append(f"{case}, {provider}: {type(error).__name__}: {str(error)[:300]}")
+            if not dry_run:
+                torch.cuda.empty_cache()
         measured += rows(case, results, copying, 2 * source.nbytes)
     if not dry_run:
         where = {"device": torch.cuda.get_device_name(), "versions": f"torch {torch.__version__}"}
         measured = [dataclasses.replace(row, **where) for row in measured]
-    if measured:
-        output.mkdir(parents=True, exist_ok=True)
-        plots.save(measured, output)
-    return measured, failures
+    return measured, failures, left_out
 
 
 def _result(provider: str, case: Case, device: str, seconds: float) -> Result:

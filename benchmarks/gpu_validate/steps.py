@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 BACKENDS = ("triton", "cuda")
 
 
-def plan(dry_run: bool, output: Path, scratch: Path) -> list[Step]:
+def plan(dry_run: bool, scratch: Path) -> list[Step]:
     """``scratch``: an empty folder for what the steps of a dry run share."""
     names = ["environment", "tests"]
     for what in ("parity", "bits", "graph", "offsets", "sanitizers", "bytes"):
@@ -36,7 +36,7 @@ def plan(dry_run: bool, output: Path, scratch: Path) -> list[Step]:
     steps = []
     for name in [*names, "speed"]:
         triton = {"TRITON_INTERPRET": "1"} if dry_run and name.endswith("triton") else {}
-        command = python("-m", "benchmarks.gpu_validate.steps", name, *flags, "--output", str(output))
+        command = python("-m", "benchmarks.gpu_validate.steps", name, *flags)
         steps.append(Step(name, command, interpreted | triton))
     return steps
 
@@ -57,7 +57,6 @@ class Where:
 
     backend: str
     dry_run: bool
-    output: Path
 
     @property
     def device(self) -> str:
@@ -190,12 +189,14 @@ def bytes_moved(where: Where) -> Findings:
 def speed(where: Where) -> Findings:
     from benchmarks.gpu_validate.speed import measure
 
-    rows, failures = measure(where.dry_run, where.output)
+    rows, failures, left_out = measure(where.dry_run)
     ours = [r for r in rows if r.provider in BACKENDS or where.dry_run and r.provider == "cpu"]
     shares = [r.copy_share for r in ours if r.mode == "forward"]
     summary = (
         f"forward at {min(shares):.0%} to {max(shares):.0%} of the bandwidth of a copy" if shares else "nothing was measured"
     )
+    if left_out:
+        summary += f"; left out for lack of memory: {'; '.join(left_out)}"
     return Findings(summary, failures, {"speed": [dataclasses.asdict(r) for r in rows]})
 
 
@@ -216,7 +217,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("findings", type=Path)
     options = parser.parse_args()
     what, _, backend = options.name.partition(" ")
@@ -225,7 +225,7 @@ def main() -> None:
 
         interpreted.prepare(backend)
     torch.manual_seed(0)
-    found = STEPS[what](Where(backend, options.dry_run, options.output))
+    found = STEPS[what](Where(backend, options.dry_run))
     options.findings.write_text(json.dumps(dataclasses.asdict(found)))
 
 
