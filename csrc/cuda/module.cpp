@@ -85,6 +85,7 @@ void run(Call& call, const Tensor& like, bool backward, bool wide, int64_t rows,
     call.partial = partial->data_ptr(), call.arrived = static_cast<uint32_t*>(arrived->data_ptr());
   }
   void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "modreg_fast_native: this torch does not tell its CUDA stream");
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0, "modreg_fast_native: no CUDA stream");
   const char* error = mrf::cuda::launch(call, launch, backward, wide, stream);
   STD_TORCH_CHECK(error == nullptr, "modreg_fast: backend 'cuda': ", error);
