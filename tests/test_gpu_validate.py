@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_validate import checks, page, tools  # noqa: E402
+from benchmarks.gpu_validate import checks, page, steps, tools  # noqa: E402
 from benchmarks.gpu_validate.__main__ import main  # noqa: E402
 from benchmarks.gpu_validate.runner import Step, passed, run  # noqa: E402
 from benchmarks.gpu_validate.work import OPS, work  # noqa: E402
@@ -100,6 +100,31 @@ def test_reads_what_ncu_prints():
     forward, backward = tools.by_pass(NCU)
     assert forward == {"pass": "forward", "read": 1048580.0, "written": 96.0}
     assert backward == {"pass": "backward", "read": 8.0, "written": 512.5}
+
+
+def program(folder, text: str, code: int) -> str:
+    file = folder / "tool"
+    file.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\nexit {code}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_tools_of_nvidia(tmp_path, monkeypatch):
+    """Stand-ins that print what the tools print."""
+    text = "========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: 2 errors\n"
+    for code, expected in ((9, 3 * 3), (0, 0)):
+        monkeypatch.setattr(tools, "tool", lambda name, dry_run, code=code: program(tmp_path, text, code))
+        found = steps.sanitizers(steps.Where("cuda", False))
+        assert len(found.failures) == expected and not found.absent
+        assert found.summary.count("ERROR SUMMARY: 2 errors") == len(tools.SANITIZERS) == 3
+    monkeypatch.setattr(tools, "tool", lambda name, dry_run: None)
+    assert steps.sanitizers(steps.Where("cuda", False)).absent and steps.bytes_moved(steps.Where("cuda", False)).absent
+
+    assert tools.profile(program(tmp_path, NCU, 0), "cuda", "softmax_fisher", []) == tools.by_pass(NCU)
+    with pytest.raises(PermissionError, match="only administrators"):
+        tools.profile(program(tmp_path, "==ERROR== ERR_NVGPUCTRPERM\n", 1), "cuda", "softmax_fisher", [])
+    with pytest.raises(RuntimeError, match="exit code 3: no such thing"):
+        tools.profile(program(tmp_path, "no such thing\n", 3), "cuda", "softmax_fisher", [])
 
 
 @pytest.mark.slow

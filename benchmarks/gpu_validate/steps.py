@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -69,11 +70,9 @@ class Where:
 
 def environment(where: Where) -> Findings:
     rows = [{"what": "python", "is": platform.python_version()}, {"what": "system", "is": platform.platform()}]
-    for package in ("modreg_fast", "torch", "triton", "numpy"):
-        try:
-            rows.append({"what": package, "is": importlib.metadata.version(package)})
-        except importlib.metadata.PackageNotFoundError:
-            rows.append({"what": package, "is": "not installed as a package"})
+    rows += [{"what": "modreg_fast", "is": modreg_fast.__version__}, {"what": "torch", "is": torch.__version__}]
+    triton = importlib.util.find_spec("triton")
+    rows.append({"what": "triton", "is": importlib.metadata.version("triton") if triton else "absent"})
     rows.append({"what": "CUDA of torch", "is": torch.version.cuda or "none"})
     gpu = "none"
     if torch.cuda.device_count():
