@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import ptx
 import pytest
-from cuda_calls import BYTES, Tensor
+from cuda_calls import BYTES, FarTensor, Tensor
 from helpers import assert_close
 
 pytestmark = pytest.mark.skipif(
@@ -26,9 +26,9 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(5)
 
 
-def features_of(rng, shapes, dtype="float32", layout="pixels", modalities=2, scale=1.0, **options):
+def features_of(rng, shapes, dtype="float32", layout="pixels", modalities=2, scale=1.0, tensor=Tensor, **options):
     memory = ptx.Memory()
-    return [[Tensor(memory, scale * rng.standard_normal(s), dtype, layout, **options) for s in shapes] for _ in range(modalities)]
+    return [[tensor(memory, scale * rng.standard_normal(s), dtype, layout, **options) for s in shapes] for _ in range(modalities)]
 
 
 def check_softmax(rng, features, masks=None, present=None, sigma=None, draws=1, detach=False, tolerance=1.0, **options):
@@ -105,14 +105,15 @@ def test_unaligned_and_padded_lines(rng, layout, gap, offset):
     check_softmax(rng, features_of(rng, [(2, 16, 48)], "bfloat16", layout, gap=gap, offset=offset), gap=gap, offset=offset)
 
 
-def test_part_of_a_call(rng):
-    """A call of more scales than a launch takes: results and noise go by the number of the scale in the call."""
-    features = features_of(rng, [(2, 6, 40)] * 3)
-    whole = cuda_calls.softmax_fisher(features, sigma=[0.5, 0.2], seed=SEED)
-    part = cuda_calls.softmax_fisher([row[1:2] for row in features], sigma=[0.5, 0.2], seed=SEED, first_scale=1, all_scales=3)
-    written = part.information.data[: part.information.size].view(np.float32).reshape(2, 3, 2)
-    np.testing.assert_array_equal(written[:, 1], whole.information.numpy()[:, 1])
-    assert not written[:, [0, 2]].any()
+@pytest.mark.parametrize(("modalities", "scales", "launches"), [(2, 9, 2), (5, 10, 2), (17, 5, 3)])
+def test_more_scales_than_a_launch_takes(rng, modalities, scales, launches):
+    """Results, masks, and noise go by the number of the scale in the call."""
+    shapes = [(2, 3 + s % 3, 12 + s) for s in range(scales)]
+    features = features_of(rng, shapes, modalities=modalities)
+    masks = [rng.random((2, p)) > 0.3 for _, _, p in shapes]
+    present = rng.random((2, modalities)) > 0.3
+    passes = check_softmax(rng, features, masks, present, sigma=[0.5, 0] + [0.2] * (modalities - 2), draws=2, tolerance=5)
+    assert [out.launches for out in passes] == [launches] * 2
 
 
 def test_blocks_that_take_several_tiles(rng):
@@ -169,11 +170,11 @@ def test_nothing_present(rng):
 # ---- gradient_statistics ----
 
 
-def check_statistics(rng, tensors, features=True, values=True, maps=True, masked=True, **options):
+def check_statistics(rng, tensors, features=True, values=True, maps=True, masked=True, tensor=Tensor, **options):
     """``tensors``: ``(shape, dtype, layout)``; both passes of one call."""
     memory = ptx.Memory()
-    grads = [Tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors]
-    e = [Tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors] if features else None
+    grads = [tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors]
+    e = [tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors] if features else None
     rows = [(s[0], s[2]) for s, _, _ in tensors]
     f = [(0.5 + rng.random(r)).astype(np.float32) for r in rows] if values else None
     masks = [rng.random(r) > 0.3 for r in rows] if masked else None
@@ -236,6 +237,13 @@ def test_gradient_statistics_of_mixed_kinds(rng):
     assert forward.call.tilings[2].tiles_per_block > 1
 
 
+@pytest.mark.parametrize(("tensors", "launches"), [(14, 1), (15, 2), (31, 3)])
+def test_more_tensors_than_a_launch_takes(rng, tensors, launches):
+    kinds = [((2, 3 + k % 4, 9 + k), ("float32", "bfloat16")[k % 2], ("pixels", "channels")[k // 2 % 2]) for k in range(tensors)]
+    passes = check_statistics(rng, kinds)
+    assert [out.launches for out in passes] == [launches] * 2
+
+
 def test_attribution_of_zero(rng):
     """Nothing attributed at some pixels: the gradient of the root is taken as 0 there."""
     memory, g = ptx.Memory(), rng.standard_normal((1, 8, 40))
@@ -289,6 +297,16 @@ def test_gradient_statistics_moves_every_byte_once(rng, layout):
         for buffer in (*out.fisher_maps, *out.attribution_maps):
             traffic = (out.report.loads_of if written else out.report.stores_to)[buffer]
             assert traffic.bytes == traffic.distinct == buffer.size
+
+
+@pytest.mark.parametrize("layout", ["pixels", "channels"])
+def test_offsets_take_64_bits(rng, layout):
+    """Strides between samples and lines beyond 2^31 elements, read and written."""
+    features = features_of(rng, [(3, 12, 40)], "bfloat16", layout, tensor=FarTensor)
+    assert features[0][0].array.line_stride > 2**31
+    check_softmax(rng, features, sigma=[0.5, 0.0])
+    for dtype in ("bfloat16", "float64"):
+        check_statistics(rng, [((3, 12, 40), dtype, layout)], tensor=FarTensor)
 
 
 def test_same_bits_again(rng):
