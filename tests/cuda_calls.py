@@ -227,7 +227,8 @@ def softmax_fisher(
         arrived = memory.put(np.zeros(scales * batch, np.uint32))
         call.information, call.counts, call.arrived = information.address, counts.address, arrived.address
         call.partial = memory.empty(launch.blocks * (modalities + 1), kind).address
-    entry = f"softmax_fisher_{'forward' if weight is None else 'backward'}_{kind}"
+    noise = "_noise" if sigma is not None and any(sigma) else ""
+    entry = f"softmax_fisher_{'forward' if weight is None else 'backward'}{noise}_{kind}"
     out.report = ptx.run(
         kernels("softmax_fisher", arch), entry, launch.blocks, launch.threads, [call], memory, shared_bytes=launch.shared_bytes
     )
