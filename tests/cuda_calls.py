@@ -217,7 +217,8 @@ def launch_each(out, stem, calls, backward, kind, memory, arch, limit, most_bloc
             rows, count = (call.modalities + 1, call.scales) if stem == "softmax_fisher" else (3, call.tensors)
             arrived = memory.put(np.zeros(count * call.batch, np.uint32))
             call.partial, call.arrived = memory.empty(launch.blocks * rows, kind).address, arrived.address
-        entry = f"{stem}_{'backward' if backward else 'forward'}_{kind}"
+        noise = "_noise" if stem == "softmax_fisher" and any(call.sigma) else ""
+        entry = f"{stem}_{'backward' if backward else 'forward'}{noise}_{kind}"
         shared = dict(shared_bytes=launch.shared_bytes)
         out.report = ptx.run(kernels(stem, arch), entry, launch.blocks, launch.threads, [call], memory, **shared)
         assert backward or not arrived.numpy().any()

@@ -93,6 +93,18 @@ def test_scales_of_all_kinds_in_one_launch(rng):
     check_softmax(rng, features, masks, detach=True)
 
 
+def test_pixels_of_several_warps_beside_smaller_ones(rng):
+    """Where a pixel takes more than a warp, all threads of a block meet at its sums, also where another scale needs more of them."""
+    features = features_of(rng, [(1, 1024, 9), (1, 600, 2), (1, 8, 100)])
+    _, backward = check_softmax(rng, features, tolerance=2)
+    wide, narrow, one = backward.call.tilings[:3]
+    assert wide.lanes > 32 and one.lanes < 32 and narrow.width * narrow.lanes == backward.launch.threads
+    with_most = cuda_calls.SoftmaxFisher(modalities=1, scales=1, batch=1)
+    for channels, fits in ((4096, True), (4097, False)):
+        with_most.tilings[0].channels, with_most.tilings[0].pixels = channels, 8
+        assert (cuda_calls.plan("softmax_fisher", with_most, False, 4).shared_bytes > 0) == fits
+
+
 def test_modalities_of_different_layouts(rng):
     memory = ptx.Memory()
     features = [[Tensor(memory, rng.standard_normal((1, 12, 50)), "float32", layout)] for layout in ("pixels", "channels")]
