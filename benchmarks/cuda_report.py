@@ -32,11 +32,11 @@ LAYOUTS = ("pixels", "channels")
 
 
 @functools.cache
-def assembled(stem: str, architecture: int) -> tuple[bytes, dict[str, sass.Resources]]:
+def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[str, sass.Resources]]:
     """The cubin of the PTX that the interpreter runs, and what each kernel in it takes."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
-        command = ["ptxas", f"-arch=sm_{architecture}", "-lineinfo", "-v", "-o", cubin, "-"]
+        command = ["ptxas", f"-arch=sm_{architecture}", "-v", *options, "-o", cubin, "-"]
         text = cuda_calls.kernels(stem, f"sm_{architecture}")
         log = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stderr
         code = cubin.read_bytes()
@@ -133,7 +133,7 @@ def print_roofline() -> None:
         cells, shown = [], []
         for chip in CHIPS:
             name, elements, out = run(stem, 64, dtype, layout, backward, noise, chip.architecture)
-            counts, names = sass.executed(assembled(stem, chip.architecture)[0], name, out.report.executions)
+            counts, names = sass.executed(assembled(stem, chip.architecture, "-lineinfo")[0], name, out.report.executions)
             check(names, stem, chip.architecture, out)
             counts["other"] += counts.pop("uniform")
             each = {kind: n / elements for kind, n in counts.items()}
