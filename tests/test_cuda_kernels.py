@@ -2,6 +2,8 @@
 any access out of bounds or misaligned, read of unwritten memory, race and stray barrier; the traffic it counts is asserted here."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import cuda_calls
 import numpy as np
@@ -10,6 +12,10 @@ import ptx
 import pytest
 from cuda_calls import BYTES, FarTensor, Tensor
 from helpers import assert_close
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.cuda_report import assembled  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     ptx.NVCC is None or cuda_calls.COMPILER is None,
@@ -80,6 +86,11 @@ def test_sizes(rng, channels, pixels):
     else:
         check_softmax(rng, features, tolerance=2)
         check_softmax(rng, features_of(rng, [(2, channels, pixels)], "bfloat16", "channels"), sigma=[0.0, 1.0], tolerance=5)
+
+
+@pytest.mark.parametrize("layout", ["pixels", "channels"])
+def test_aligned_lines_that_end_within_a_piece(rng, layout):
+    check_softmax(rng, features_of(rng, [(2, 20, 44)], "bfloat16", layout, gap=4), gap=4)
 
 
 def test_scales_of_all_kinds_in_one_launch(rng):
@@ -334,3 +345,16 @@ def test_other_architectures(rng, arch):
         features = features_of(rng, [(2, 19, 300)], dtype, layout)
         check_softmax(rng, features, [rng.random((2, 300)) > 0.5], sigma=[0.4, 0.0], draws=2, tolerance=5, arch=arch)
         check_statistics(rng, [((2, 19, 300), dtype, layout)], arch=arch)
+
+
+SPILLED = {("softmax_fisher_forward_noise_float32", 80): 56, ("gradient_statistics_backward_float32", 90): 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("stem", "kernels"), [("softmax_fisher", 4), ("gradient_statistics", 2)])
+def test_nothing_else_spills(stem, kernels, architecture):
+    """Bytes stored and loaded, as ptxas reports them. Tensors of 32 and 16 bits share a kernel."""
+    found = {name: taken.stack for name, taken in assembled(stem, architecture)[1].items() if name.endswith("_float32")}
+    assert len(found) == kernels
+    assert found == {name: SPILLED.get((name, architecture), 0) for name in found}
