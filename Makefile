@@ -35,7 +35,8 @@ demo: $(READY)  ## train on real data and print the table of the README
 bench: $(READY)  ## time and memory against eager PyTorch and torch.compile
 	$(BIN)/modreg-fast bench --output bench_output
 
-gpu-report: $(READY)  ## what is known of the CUDA kernels without a GPU: resources, occupancy, instructions; needs nvcc
+gpu-report: $(READY)  ## what is known of the GPU kernels without a GPU: resources, occupancy, instructions; CUDA needs nvcc
+	$(BIN)/python benchmarks/gpu_tables.py
 	$(BIN)/python benchmarks/cuda_report.py
 
 lint: $(READY)  ## ruff and mypy

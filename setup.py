@@ -123,7 +123,8 @@ def build_native(ninja: Ninja, target: Path, nvcc: Nvcc | None) -> None:
     libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
     if nvcc is not None:
         objects += cuda_objects(ninja, nvcc, includes)
-        libraries += f" {nvcc.libraries}"
+        # libtorch stays a dependency though nothing of it is used: where torch has CUDA it brings the library that knows the stream.
+        libraries = f"-Wl,--no-as-needed {libraries} {nvcc.libraries}"
     ninja.link(objects, target, libraries)
     ninja.run()
 

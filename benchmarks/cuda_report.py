@@ -1,8 +1,12 @@
-"""Prints what is known of the CUDA kernels without a GPU, in Markdown: resources from the compiler for each architecture, the tiles that
-the host plans, and the instructions and bytes per element that the PTX interpreter counts. Needs nvcc and Triton's cuobjdump.
+"""Prints what is known of the CUDA kernels without a GPU, in Markdown: registers and spills from ptxas, the tiles that the host plans and
+the occupancy that they leave, and the roofline on paper. Needs nvcc and Triton's nvdisasm.
+
+Instructions are those of the SASS. The PTX interpreter runs the kernel and counts how often each line of PTX is executed; ptxas says of
+each instruction of the SASS which line it comes from, and so how often it is executed.
 
 python benchmarks/cuda_report.py"""
 
+import functools
 import itertools
 import re
 import subprocess
@@ -13,101 +17,155 @@ from pathlib import Path
 import numpy as np
 
 from modreg_fast.bench import sass
+from modreg_fast.bench.roofline import CHIPS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import cuda_calls  # noqa: E402
 import ptx  # noqa: E402
-from cuda_calls import BYTES, Tensor  # noqa: E402
+from cuda_calls import Tensor  # noqa: E402
 
 STEMS = ("softmax_fisher", "gradient_statistics")
+DTYPES = ("float32", "bfloat16")
+LAYOUTS = ("pixels", "channels")
 
 
-def resources(stem: str, architecture: int) -> dict[str, tuple[sass.Resources, str]]:
-    """Of each kernel; and its global loads of 16 bytes among all."""
+@functools.cache
+def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[str, sass.Resources]]:
+    """The cubin of the PTX that the interpreter runs, and what each kernel in it takes."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / f"{stem}.cubin"
-        command = [ptx.NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
-        log = subprocess.run(
-            [*command, "-o", cubin, ROOT / f"csrc/cuda/{stem}.cu"], capture_output=True, text=True, check=True
-        ).stderr
-        code = sass.tool("cuobjdump", "-sass", cubin.read_bytes())
-    loads = {}
-    for part in code.split("Function : ")[1:]:
-        kinds = re.findall(r"\bLDG\.E(?:\.(?:U8|U16|64|128))?\b", part)
-        loads[part.split()[0]] = f"{kinds.count('LDG.E.128')} of {len(kinds)}"
+        cubin = Path(folder, "cubin")
+        command = ["ptxas", f"-arch=sm_{architecture}", "-v", *options, "-o", cubin, "-"]
+        text = cuda_calls.kernels(stem, f"sm_{architecture}")
+        log = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stderr
+        code = cubin.read_bytes()
     found = {}
     for part in log.split("Compiling entry function ")[1:]:
-        name = part.split("'")[1]
         stores, reads = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)[:2]
-        shared = re.search(r"(\d+) bytes smem", part)
-        registers = re.search(r"Used (\d+) registers", part)
+        shared, registers = re.search(r"(\d+) bytes smem", part), re.search(r"Used (\d+) registers", part)
         assert registers is not None
-        found[name] = sass.Resources(int(registers[1]), int(stores) + int(reads), int(shared[1]) if shared else 0), loads[name]
-    return found
+        found[part.split("'")[1]] = sass.Resources(int(registers[1]), int(stores) + int(reads), int(shared[1]) if shared else 0)
+    return code, found
 
 
-def occupancy(architecture: int, kernel: sass.Resources, stem: str, out, backward: bool, accumulator: int) -> float:
-    """With the tiles planned for the architecture; 0 where none fits."""
-    call = type(out.call).from_buffer_copy(out.call)
-    launch = cuda_calls.plan(stem, call, backward, accumulator, sass.SHARED[architecture] - 2048)
-    return kernel.occupancy(architecture, launch.threads, launch.shared_bytes) if launch.shared_bytes >= 0 else 0.0
+def run(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool, architecture: int):
+    """The kernel's name, the elements of its inputs, and the results of a launch. Two modalities; gradient, feature and values of one
+    tensor. As many pixels as fill a few tiles."""
+    rng, memory, pixels = np.random.default_rng(0), ptx.Memory(), 256
+    pair = [Tensor(memory, rng.standard_normal((1, channels, pixels)), dtype, layout) for _ in range(2)]
+    arch = f"sm_{architecture}"
+    if stem == "softmax_fisher":
+        weight = np.ones((2, 1, 1)) if backward else None
+        out = cuda_calls.softmax_fisher([[x] for x in pair], sigma=[0.5 * noise] * 2, weight=weight, arch=arch)
+    else:
+        upstream = (np.ones((1, 1)), np.ones((1, 1)), None, None) if backward else None
+        values = [np.ones((1, pixels))]
+        out = cuda_calls.gradient_statistics(pair[:1], pair[1:], values=values, upstream=upstream, arch=arch)
+    return kernel_name(stem, backward, noise), 2 * channels * pixels, out
 
 
-def launches():
-    """Name, kernel, elements and results of both passes for each case: two modalities, or gradient, feature and values of one tensor."""
-    rng = np.random.default_rng(0)
-    for (channels, pixels), dtype, layout in itertools.product(
-        ((64, 512), (256, 128), (1024, 64)), BYTES, ("pixels", "channels")
-    ):
-        wide = "float64" if dtype == "float64" else "float32"
-
-        def pair(shape=(1, channels, pixels), dtype=dtype, layout=layout):
-            memory = ptx.Memory()
-            return [Tensor(memory, rng.standard_normal(shape), dtype, layout) for _ in range(2)]
-
-        for noise in (0.0, 0.5):
-            features = [[x] for x in pair()]
-            for name, weight in (("forward", None), ("backward", np.ones((2, 1, 1)))):
-                out = cuda_calls.softmax_fisher(features, sigma=[noise] * 2, weight=weight)
-                case = f"softmax_fisher | {channels} | {dtype} | {layout} | {name}{', noise' if noise else ''}"
-                yield case, f"softmax_fisher_{name}_{wide}", 2 * channels * pixels, out
-        if channels == 64:
-            g, e = pair()
-            values, ones = [np.ones((1, pixels))], np.ones((1, 1))
-            for name, upstream in (("forward", None), ("backward", (ones, ones, None, None))):
-                out = cuda_calls.gradient_statistics([g], [e], values=values, upstream=upstream)
-                case = f"gradient_statistics | {channels} | {dtype} | {layout} | {name}"
-                yield case, f"gradient_statistics_{name}_{wide}", 2 * channels * pixels, out
+def kernel_name(stem: str, backward: bool, noise: bool) -> str:
+    return f"{stem}_{'backward' if backward else 'forward'}{'_noise' if noise else ''}_float32"
 
 
-def main() -> None:
-    found = {arch: {name: r for stem in STEMS for name, r in resources(stem, arch).items()} for arch in sass.SHARED}
-    titles = " | ".join(f"sm_{arch}" for arch in sass.SHARED)
-    print("## Resources\n\nRegisters per thread, bytes of spills, global loads of 16 bytes among all in the code.\n")
-    print(f"| kernel | {titles} |")
-    print("|---" * (1 + len(found)) + "|")
-    for name in found[90]:
-        cells = (f"{r.registers}, {r.stack}, {loads}" for r, loads in (of_arch[name] for of_arch in found.values()))
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def planned(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool, shared: int):
+    """The tiling and the launch for a multiprocessor with so much shared memory."""
+    pixels = 4096
+    lines, length = (channels, pixels) if layout == "pixels" else (pixels, channels)
+    array = cuda_calls.Array(256, lines * length, length, cuda_calls.DTYPES[dtype], layout == "pixels")
+    if stem == "softmax_fisher":
+        call = cuda_calls.SoftmaxFisher(modalities=2, scales=1, batch=8)
+        call.sigma[:2] = [0.5 * noise] * 2
+        call.features[:2] = [array] * 2
+    else:
+        call = cuda_calls.GradientStatistics(tensors=1, batch=8)
+        call.grads[0] = call.features[0] = array
+    call.tilings[0].channels, call.tilings[0].pixels = channels, pixels
+    return call.tilings[0], cuda_calls.plan(stem, call, backward, 4, shared - 2048)
+
+
+def table(*titles: str) -> None:
+    print("\n| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
+
+
+def print_registers() -> None:
+    print("\n### Registers\n\nPer thread, and bytes spilled per thread. float64 is there for checks.")
+    table("kernel", *(f"sm_{architecture}" for architecture in sass.SHARED))
+    for stem in STEMS:
+        by_architecture = [assembled(stem, architecture)[1] for architecture in sass.SHARED]
+        for name in by_architecture[0]:
+            cells = (f"{found[name].registers}, {found[name].stack}" for found in by_architecture)
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def print_tiles() -> None:
     print(
-        "\n## Launches\n\nShared memory of a block in KiB (sm_90), occupancy; per element executed PTX instructions and bytes moved.\n"
+        "\n### Tiles\n\nAs planned for the shared memory of an H100, with KiB of it per block, and the share of a multiprocessor's"
     )
-    print(f"| op | channels | dtype | side by side | pass | tile | threads | KiB | {titles} | PTX | bytes |")
-    print("|---" * (10 + len(found)) + "|")
-    for case, kernel, elements, out in launches():
-        tiling, launch = out.call.tilings[0], out.launch
-        stem, backward, accumulator = case.split(" ")[0], "backward" in kernel, 8 if "64" in kernel else 4
-        shares = (
-            f"{occupancy(arch, of_arch[kernel][0], stem, out, backward, accumulator):.0%}" for arch, of_arch in found.items()
-        )
-        moved = (out.report.loads.bytes + out.report.stores.bytes) / elements
-        print(
-            f"| {case} | {tiling.channels} x {tiling.width} | {launch.threads} | {launch.shared_bytes / 1024:.1f} | "
-            f"{' | '.join(shares)} | {out.report.instructions / elements:.0f} | {moved:.2f} |"
-        )
+    print("threads that fit with the tiles planned for each architecture. Two modalities, or gradient and feature.")
+    table("op", "channels", "dtype", "side by side", "pass", "tile", "threads", "KiB", *(f"sm_{a}" for a in sass.SHARED))
+    for stem, channels, noise, backward, layout, dtype in itertools.product(
+        STEMS, (64, 256, 1024), (False, True), (False, True), LAYOUTS, DTYPES
+    ):
+        if stem == "gradient_statistics" and noise:
+            continue
+        tiling, launch = planned(stem, channels, dtype, layout, backward, noise, sass.SHARED[90])
+        tile, shares = f"{channels} x {tiling.width} | {launch.threads} | {launch.shared_bytes / 1024:.1f}", []
+        for architecture, shared in sass.SHARED.items():
+            _, launch = planned(stem, channels, dtype, layout, backward, noise, shared)
+            found = assembled(stem, architecture)[1][kernel_name(stem, backward, noise)]
+            shares.append(f"{found.occupancy(architecture, launch.threads, launch.shared_bytes):.0%}")
+        pass_ = f"{'backward' if backward else 'forward'}{', noise' if noise else ''}"
+        print(f"| {stem} | {channels} | {dtype} | {layout} | {pass_} | {tile} | {' | '.join(shares)} |")
+
+
+def print_roofline() -> None:
+    print("\n### Roofline on paper\n\nPer element of the inputs: bytes moved, share of loads of 16 bytes, instructions by the")
+    print("pipe that executes them (sm_90).")
+    print("Then, per GPU, picoseconds of what takes longest at its full rate, and how many times as long as the memory does.")
+    print("Two modalities of 64 channels.")
+    kinds = ("fp32", "integer", "mufu", "exchange", "memory", "conversion", "other")
+    table("op", "dtype", "side by side", "pass", "bytes", "load", *kinds, "all", *(chip.name for chip in CHIPS))
+    for dtype, layout, stem, noise, backward in itertools.product(DTYPES, LAYOUTS, STEMS, (False, True), (False, True)):
+        if stem == "gradient_statistics" and noise:
+            continue
+        cells, shown = [], []
+        for chip in CHIPS:
+            name, elements, out = run(stem, 64, dtype, layout, backward, noise, chip.architecture)
+            counts, names = sass.executed(assembled(stem, chip.architecture, "-lineinfo")[0], name, out.report.executions)
+            check(names, stem, chip.architecture, out)
+            counts["other"] += counts.pop("uniform")
+            each = {kind: n / elements for kind, n in counts.items()}
+            # What all threads read is fetched once.
+            loads = sum(traffic.distinct for buffer, traffic in out.report.loads_of.items() if not buffer.constant)
+            moved = (loads + out.report.stores.bytes) / elements
+            cells.append(chip.bound(moved, each))
+            if chip.architecture == 90:
+                wide = names["LDG.E.128.CONSTANT"] / sum(n for name, n in names.items() if name.startswith("LDG"))
+                shown = [
+                    f"{moved:.2f}",
+                    f"{wide:.0%} of 16",
+                    *(f"{each[kind]:.1f}" for kind in kinds),
+                    f"{sum(each.values()):.0f}",
+                ]
+        pass_ = f"{'backward' if backward else 'forward'}{', noise' if noise else ''}"
+        print(f"| {stem} | {dtype} | {layout} | {pass_} | {' | '.join(shown)} | {' | '.join(cells)} |")
+
+
+def check(names, stem: str, architecture: int, out) -> None:
+    """What is one instruction in both languages is counted alike."""
+    lines = cuda_calls.kernels(stem, f"sm_{architecture}").splitlines()
+    expected = {"MUFU.EX2": 0, "SHFL.BFLY": 0}
+    for line, n in out.report.executions.items():
+        expected["MUFU.EX2"] += n * ("ex2.approx" in lines[line - 1])
+        expected["SHFL.BFLY"] += n * ("shfl.sync.bfly" in lines[line - 1])
+    found = {"MUFU.EX2": names["MUFU.EX2"], "SHFL.BFLY": sum(n for name, n in names.items() if name.startswith("SHFL.BFLY"))}
+    assert found == expected, (found, expected)
 
 
 if __name__ == "__main__":
-    main()
+    print("## CUDA")
+    print_registers()
+    print_tiles()
+    print_roofline()

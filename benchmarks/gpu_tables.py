@@ -97,9 +97,7 @@ def _roofline(op: str, case: str, launch: Launch, dtype: torch.dtype, backward: 
     for chip in CHIPS:
         kernel = compile_for(launch, GPUTarget("cuda", chip.architecture, 32))
         counts = {kind: n / elements for kind, n in sass.instructions(kernel.asm["cubin"]).items()}
-        times = chip.picoseconds(bytes_, counts)
-        slowest = max(times, key=lambda pipe: times[pipe])
-        cells.append(f"{slowest} {times[slowest] / times['memory']:.1f}x" if slowest != "memory" else "memory")
+        cells.append(chip.bound(bytes_, counts))
         if chip.architecture == 90:
             shown = [f"{counts[kind]:.1f}" for kind in ("fp32", "integer", "mufu")] + [f"{sum(counts.values()):.0f}"]
     assert shown is not None

@@ -99,6 +99,14 @@ def plan(stem: str, call, backward: bool, accumulator: int, limit: int = SHARED_
     return launch
 
 
+def split(stem: str, call, *tables: ctypes.Array | None) -> list:
+    """The calls of the launches that a call of ``tables`` takes, of any length; the first table is that of the tilings."""
+    calls: list = []
+    each = ctypes.CFUNCTYPE(None, ctypes.POINTER(type(call)))(lambda part: calls.append(type(call).from_buffer_copy(part[0])))
+    _host()[f"split_{stem}"](ctypes.byref(call), len(tables[0]), *tables, each)
+    return calls
+
+
 @functools.cache
 def kernels(stem: str, arch: str = "sm_90") -> str:
     source = (CSRC / "cuda" / f"{stem}.cu").read_text()
@@ -161,8 +169,60 @@ class Tensor:
         return int(np.prod(self.shape)) * BYTES[self.dtype]
 
 
+class FarTensor(Tensor):
+    """Every line in a buffer of its own, so that both strides are far beyond 2^31 elements."""
+
+    def __init__(self, memory: ptx.Memory, values, dtype: str, layout: str = "pixels", shape=None):
+        self.dtype, self.layout, self.shape = dtype, layout, values.shape if shape is None else shape
+        batch, channels, pixels = self.shape
+        lines, length = (channels, pixels) if layout == "pixels" else (pixels, channels)
+        if values is None:
+            self.buffers = [memory.empty(length, stored(np.zeros(1), dtype).dtype) for _ in range(batch * lines)]
+        else:
+            ordered = values if layout == "pixels" else values.transpose(0, 2, 1)
+            self.buffers = [memory.put(stored(line, dtype)) for line in ordered.reshape(-1, length)]
+        self.buffer = self.buffers[0]
+        stride = (1 << ptx.WINDOW_BITS) // BYTES[dtype]  # from buffer to buffer
+        self.array = Array(self.buffer.address, lines * stride, stride, DTYPES[dtype], layout == "pixels")
+
+    def values(self) -> np.ndarray:
+        batch, channels, pixels = self.shape
+        lines = np.stack([wide(buffer.numpy(), self.dtype) for buffer in self.buffers])
+        shaped = lines.reshape(batch, -1, lines.shape[1])
+        return shaped if self.layout == "pixels" else shaped.transpose(0, 2, 1)
+
+
 def address(buffer) -> int | None:
     return None if buffer is None else buffer.address
+
+
+def array(kind, entries):
+    """A table for ``split``, or None where there are no entries."""
+    return (kind * len(entries))(*entries) if entries else None
+
+
+def tilings(tensors, masks):
+    memory = tensors[0].buffer.memory
+    masks = [None if masks is None else memory.put(mask.astype(np.uint8)) for mask in masks or tensors]
+    return array(Tiling, [Tiling(*x.shape[1:], address(mask)) for x, mask in zip(tensors, masks, strict=True)])
+
+
+def launch_each(out, stem, calls, backward, kind, memory, arch, limit, most_blocks):
+    """Plans and runs every launch of a call, the results of its blocks and its counters in memory of its own; ``out`` keeps the last."""
+    out.launches = len(calls)
+    for call in calls:
+        launch = plan(stem, call, backward, BYTES[kind], limit, most_blocks)
+        assert launch.shared_bytes >= 0, "a tile does not fit"
+        if not backward:
+            rows, count = (call.modalities + 1, call.scales) if stem == "softmax_fisher" else (3, call.tensors)
+            arrived = memory.put(np.zeros(count * call.batch, np.uint32))
+            call.partial, call.arrived = memory.empty(launch.blocks * rows, kind).address, arrived.address
+        noise = "_noise" if stem == "softmax_fisher" and any(call.sigma) else ""
+        entry = f"{stem}_{'backward' if backward else 'forward'}{noise}_{kind}"
+        shared = dict(shared_bytes=launch.shared_bytes)
+        out.report = ptx.run(kernels(stem, arch), entry, launch.blocks, launch.threads, [call], memory, **shared)
+        assert backward or not arrived.numpy().any()
+        out.call, out.launch = call, launch
 
 
 # ---- softmax_fisher ----
@@ -179,61 +239,30 @@ def softmax_fisher(
     eps=1e-8,
     detach=False,
     weight=None,
-    first_scale=0,
-    all_scales=None,
     limit=SHARED_LIMIT,
     most_blocks=MOST_BLOCKS,
     arch="sm_90",
     **layout,
 ):
     """``features[m][s]``: ``Tensor``, all in one memory. Without ``weight`` forward: information ``(M, S, B)`` and counts; with it
-    backward: the gradients ``[m][s]`` as ``Tensor``. And the call, launch and report."""
+    backward: the gradients ``[m][s]`` as ``Tensor``. And what ``launch_each`` adds."""
     memory = features[0][0].buffer.memory
     modalities, scales, batch = len(features), len(features[0]), features[0][0].shape[0]
-    all_scales = all_scales or scales
     kind = "float64" if any(x.dtype == "float64" for row in features for x in row) else "float32"
-    call = SoftmaxFisher(
-        modalities=modalities,
-        scales=scales,
-        first_scale=first_scale,
-        all_scales=all_scales,
-        draws=draws,
-        detach_reference=detach,
-        batch=batch,
-        eps=eps,
-    )
+    call = SoftmaxFisher(modalities=modalities, draws=draws, detach_reference=detach, batch=batch, eps=eps)
+    call.sigma[:modalities] = sigma or [0] * modalities
+    call.present = None if present is None else memory.put(present.astype(np.uint8)).address
+    call.seed = memory.put(np.array([seed], np.int64)).address
     out = SimpleNamespace(gradients=None)
-    keep = [None if present is None else memory.put(present.astype(np.uint8)), memory.put(np.array([seed], np.int64))]
-    call.present, call.seed = address(keep[0]), keep[1].address
-    for m in range(modalities):
-        call.sigma[m] = 0 if sigma is None else sigma[m]
-        for s in range(scales):
-            call.features[m * scales + s] = features[m][s].array
-    for s in range(scales):
-        call.tilings[s].channels, call.tilings[s].pixels = features[0][s].shape[1:]
-        if masks is not None:
-            call.tilings[s].mask = memory.put(masks[s].astype(np.uint8)).address
-    if weight is not None:
-        out.gradients = [[Tensor(memory, None, x.dtype, x.layout, shape=x.shape, **layout) for x in row] for row in features]
-        for m in range(modalities):
-            for s in range(scales):
-                call.gradients[m * scales + s] = out.gradients[m][s].array
+    if weight is None:
+        out.information, out.counts = memory.empty((modalities, scales, batch), kind), memory.empty((scales, batch), np.int64)
+        call.information, call.counts = out.information.address, out.counts.address
+    else:
+        out.gradients = [[type(x)(memory, None, x.dtype, x.layout, shape=x.shape, **layout) for x in row] for row in features]
         call.weight = memory.put(weight.astype(np.float64)).address
-    launch = out.launch = plan("softmax_fisher", call, weight is not None, BYTES[kind], limit, most_blocks)
-    assert launch.shared_bytes >= 0, "a tile does not fit"
-    out.call = call
-    if weight is None:
-        information, counts = memory.empty((modalities, all_scales, batch), kind), memory.empty((all_scales, batch), np.int64)
-        arrived = memory.put(np.zeros(scales * batch, np.uint32))
-        call.information, call.counts, call.arrived = information.address, counts.address, arrived.address
-        call.partial = memory.empty(launch.blocks * (modalities + 1), kind).address
-    entry = f"softmax_fisher_{'forward' if weight is None else 'backward'}_{kind}"
-    out.report = ptx.run(
-        kernels("softmax_fisher", arch), entry, launch.blocks, launch.threads, [call], memory, shared_bytes=launch.shared_bytes
-    )
-    if weight is None:
-        out.information, out.counts = information, counts
-        assert not arrived.numpy().any()
+    tables = [array(Array, [x.array for row in rows or [] for x in row]) for rows in (features, out.gradients)]
+    calls = split("softmax_fisher", call, tilings(features[0], masks), *tables)
+    launch_each(out, "softmax_fisher", calls, weight is not None, kind, memory, arch, limit, most_blocks)
     return out
 
 
@@ -249,74 +278,43 @@ def gradient_statistics(
     maps=False,
     eps=1e-8,
     upstream=None,
-    first_tensor=0,
-    all_tensors=None,
     arch="sm_90",
     limit=SHARED_LIMIT,
     most_blocks=MOST_BLOCKS,
 ):
     """``grads``, ``features``: ``Tensor``, all in one memory; ``values``: arrays ``(B, P)``. Without ``upstream`` forward: fisher and
     attribution ``(K, B)``, and maps. With it, the weights of both and upstream maps, backward: to_grads, to_features and to_values. And
-    the call, launch and report."""
+    what ``launch_each`` adds."""
     memory, count, batch = grads[0].buffer.memory, len(grads), grads[0].shape[0]
-    all_tensors = all_tensors or count
-    kind = "float64" if any(x.dtype == "float64" for x in [*grads, *(features or [])]) else "float32"
-    call, out, backward = (
-        GradientStatistics(tensors=count, first_tensor=first_tensor, batch=batch, eps=eps),
-        SimpleNamespace(),
-        upstream is not None,
-    )
-    fisher_weight, square_weight, fisher_maps, attribution_maps = upstream or (None, None, None, None)
+    features, backward = features or [], upstream is not None
+    kind = "float64" if any(x.dtype == "float64" for x in [*grads, *features]) else "float32"
+    call, out = GradientStatistics(batch=batch, eps=eps), SimpleNamespace(to_grads=[], to_features=[], to_values=[])
 
-    def row(tensor, value=None):
-        shape = tensor.shape[0], tensor.shape[2]
-        return memory.empty(shape, kind) if value is None else memory.put(value.astype(kind))
+    def rows(arrays):
+        return [memory.put(x.astype(kind)) for x in arrays or []]
 
-    out.values = None if values is None else [row(g, v) for g, v in zip(grads, values, strict=True)]
+    def empty_rows(wanted):
+        return [memory.empty((batch, g.shape[2]), kind) for g in grads] if wanted else []
+
+    def like(tensors):
+        return [type(x)(memory, None, x.dtype, x.layout, shape=x.shape) for x in tensors]
+
+    out.values = rows(values)
     if backward:
-        out.to_grads = [Tensor(memory, None, x.dtype, x.layout, shape=x.shape) for x in grads]
-        out.to_features = [Tensor(memory, None, x.dtype, x.layout, shape=x.shape) for x in features or []]
-        out.to_values = [row(g) for g in grads] if values is not None else []
-        out.fisher_maps = [row(g, x) for g, x in zip(grads, fisher_maps or [], strict=False)]
-        out.attribution_maps = [row(g, x) for g, x in zip(grads, attribution_maps or [], strict=False)]
+        fisher_weight, square_weight, fisher_maps, attribution_maps = upstream
+        out.to_grads, out.to_features, out.to_values = like(grads), like(features), empty_rows(values is not None)
+        out.fisher_maps, out.attribution_maps = rows(fisher_maps), rows(attribution_maps)
         call.fisher_weight = None if fisher_weight is None else memory.put(fisher_weight.astype(np.float64)).address
         call.attribution_weight = None if square_weight is None else memory.put(square_weight.astype(np.float64)).address
     else:
-        out.fisher_maps = [row(g) for g in grads] if maps and values is not None else []
-        out.attribution_maps = [row(g) for g in grads] if maps and features else []
-        out.fisher = memory.empty((all_tensors, batch), kind) if values is not None else None
-        out.attribution = memory.empty((all_tensors, batch), kind) if features else None
+        out.fisher_maps, out.attribution_maps = empty_rows(maps and values is not None), empty_rows(maps and features)
+        out.fisher = memory.empty((count, batch), kind) if values is not None else None
+        out.attribution = memory.empty((count, batch), kind) if features else None
         call.fisher, call.attribution = address(out.fisher), address(out.attribution)
-        arrived = memory.put(np.zeros(count * batch, np.uint32))
-        call.arrived = arrived.address
-    for k, g in enumerate(grads):
-        call.tilings[k].channels, call.tilings[k].pixels = g.shape[1:]
-        call.grads[k] = g.array
-        if masks is not None:
-            call.tilings[k].mask = memory.put(masks[k].astype(np.uint8)).address
-        if features:
-            call.features[k] = features[k].array
-        if backward:
-            call.to_grads[k] = out.to_grads[k].array
-            if features:
-                call.to_features[k] = out.to_features[k].array
-        for name in ("values", "fisher_maps", "attribution_maps", *(["to_values"] if backward else [])):
-            if buffers := getattr(out, name):
-                getattr(call, name)[k] = buffers[k].address
-    launch = out.launch = plan("gradient_statistics", call, backward, BYTES[kind], limit, most_blocks)
-    assert launch.shared_bytes >= 0, "a tile does not fit"
-    out.call = call
-    if not backward:
-        call.partial = memory.empty(launch.blocks * 3, kind).address
-    entry = f"gradient_statistics_{'backward' if backward else 'forward'}_{kind}"
-    out.report = ptx.run(
-        kernels("gradient_statistics", arch),
-        entry,
-        launch.blocks,
-        launch.threads,
-        [call],
-        memory,
-        shared_bytes=launch.shared_bytes,
-    )
-    assert backward or not arrived.numpy().any()
+    arrays = [array(Array, [x.array for x in tensors]) for tensors in (grads, features, out.to_grads, out.to_features)]
+    pointers = [
+        array(P, [x.address for x in buffers]) for buffers in (out.values, out.to_values, out.fisher_maps, out.attribution_maps)
+    ]
+    calls = split("gradient_statistics", call, tilings(grads, masks), *arrays, *pointers)
+    launch_each(out, "gradient_statistics", calls, backward, kind, memory, arch, limit, most_blocks)
     return out

@@ -1,5 +1,9 @@
 """The CUDA backend as Python sees it, and, where there is a GPU, its numbers against the reference. Without one: test_cuda_kernels.py."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import assert_close
@@ -7,6 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modreg_fast as mrf
 from modreg_fast.ops.softmax_fisher import softmax_fisher_backward
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_validate import checks  # noqa: E402
+from benchmarks.gpu_validate.work import odd_works  # noqa: E402
 
 STATUS = mrf.backends()["cuda"]
 needs_gpu = pytest.mark.skipif(not STATUS.available, reason=STATUS.detail)
@@ -29,6 +39,33 @@ def test_fake_tensors_on_cuda_need_no_gpu():
         assert [g.shape for g in gradients] == [x.shape for x in xs]
         statistics = mrf.functional.gradient_statistics([xs[0]], [xs[1]])
         assert statistics.attribution.shape == (1, 2) and statistics.attribution.device.type == "cuda"
+
+
+def test_the_host_side_can_be_captured_in_a_graph():
+    """It queues kernels on the stream it is given and does nothing that waits, copies or allocates: of the CUDA runtime it calls only
+    these functions, and scratch memory comes from torch."""
+    source = "\n".join(file.read_text() for file in sorted((ROOT / "csrc/cuda").iterdir()))
+    queries = {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaGetLastError", "cudaGetErrorString"}
+    assert set(re.findall(r"\bcu[A-Z]\w*(?=\()|\bcuda[A-Z]\w*(?=\()", source)) == queries | {"cudaFuncSetAttribute"}
+    launches = re.findall(r"<<<(.*?)>>>", source)
+    assert launches and all(launch.endswith("static_cast<cudaStream_t>(stream)") for launch in launches)
+    binding = (ROOT / "csrc/cuda/module.cpp").read_text()
+    assert binding.count("aoti_torch_get_current_cuda_stream(like") == binding.count("mrf::cuda::launch(") == 1
+    entries = re.findall(r"^void \w+_(?:forward|backward)\(", binding, re.M)
+    assert len(entries) == 4 and binding.count("DeviceGuard guard(") == 2  # one for each op, in what its two passes call
+    assert not re.search(r"\bitem\b|\bcpu\(|copy_|\.to\(|synchronize", binding)
+
+
+@needs_gpu
+@pytest.mark.parametrize("work", range(6))
+def test_graph_capture_on_a_gpu(work):
+    assert not checks.differing_from_graph(odd_works("cuda", "cuda")[work], replays=3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("work", range(6))
+def test_same_bits_on_a_gpu(work):
+    assert not checks.differing(odd_works("cuda", "cuda")[work], repeats=10)
 
 
 @needs_gpu

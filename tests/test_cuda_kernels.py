@@ -2,14 +2,20 @@
 any access out of bounds or misaligned, read of unwritten memory, race and stray barrier; the traffic it counts is asserted here."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import cuda_calls
 import numpy as np
 import oracle
 import ptx
 import pytest
-from cuda_calls import BYTES, Tensor
+from cuda_calls import BYTES, FarTensor, Tensor
 from helpers import assert_close
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.cuda_report import assembled  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     ptx.NVCC is None or cuda_calls.COMPILER is None,
@@ -26,9 +32,9 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(5)
 
 
-def features_of(rng, shapes, dtype="float32", layout="pixels", modalities=2, scale=1.0, **options):
+def features_of(rng, shapes, dtype="float32", layout="pixels", modalities=2, scale=1.0, tensor=Tensor, **options):
     memory = ptx.Memory()
-    return [[Tensor(memory, scale * rng.standard_normal(s), dtype, layout, **options) for s in shapes] for _ in range(modalities)]
+    return [[tensor(memory, scale * rng.standard_normal(s), dtype, layout, **options) for s in shapes] for _ in range(modalities)]
 
 
 def check_softmax(rng, features, masks=None, present=None, sigma=None, draws=1, detach=False, tolerance=1.0, **options):
@@ -82,6 +88,11 @@ def test_sizes(rng, channels, pixels):
         check_softmax(rng, features_of(rng, [(2, channels, pixels)], "bfloat16", "channels"), sigma=[0.0, 1.0], tolerance=5)
 
 
+@pytest.mark.parametrize("layout", ["pixels", "channels"])
+def test_aligned_lines_that_end_within_a_piece(rng, layout):
+    check_softmax(rng, features_of(rng, [(2, 20, 44)], "bfloat16", layout, gap=4), gap=4)
+
+
 def test_scales_of_all_kinds_in_one_launch(rng):
     memory, shapes = ptx.Memory(), [(2, 8, 100), (2, 24, 36), (2, 320, 9), (2, 7, 1)]
     kinds = [("float32", "pixels"), ("bfloat16", "channels"), ("float16", "pixels"), ("float32", "channels")]
@@ -91,6 +102,18 @@ def test_scales_of_all_kinds_in_one_launch(rng):
     ]
     masks = [rng.random((2, s[2])) > 0.2 for s in shapes]
     check_softmax(rng, features, masks, detach=True)
+
+
+def test_pixels_of_several_warps_beside_smaller_ones(rng):
+    """Where a pixel takes more than a warp, all threads of a block meet at its sums, also where another scale needs more of them."""
+    features = features_of(rng, [(1, 1024, 9), (1, 600, 2), (1, 8, 100)])
+    _, backward = check_softmax(rng, features, tolerance=2)
+    wide, narrow, one = backward.call.tilings[:3]
+    assert wide.lanes > 32 and one.lanes < 32 and narrow.width * narrow.lanes == backward.launch.threads
+    with_most = cuda_calls.SoftmaxFisher(modalities=1, scales=1, batch=1)
+    for channels, fits in ((4096, True), (4097, False)):
+        with_most.tilings[0].channels, with_most.tilings[0].pixels = channels, 8
+        assert (cuda_calls.plan("softmax_fisher", with_most, False, 4).shared_bytes > 0) == fits
 
 
 def test_modalities_of_different_layouts(rng):
@@ -105,14 +128,15 @@ def test_unaligned_and_padded_lines(rng, layout, gap, offset):
     check_softmax(rng, features_of(rng, [(2, 16, 48)], "bfloat16", layout, gap=gap, offset=offset), gap=gap, offset=offset)
 
 
-def test_part_of_a_call(rng):
-    """A call of more scales than a launch takes: results and noise go by the number of the scale in the call."""
-    features = features_of(rng, [(2, 6, 40)] * 3)
-    whole = cuda_calls.softmax_fisher(features, sigma=[0.5, 0.2], seed=SEED)
-    part = cuda_calls.softmax_fisher([row[1:2] for row in features], sigma=[0.5, 0.2], seed=SEED, first_scale=1, all_scales=3)
-    written = part.information.data[: part.information.size].view(np.float32).reshape(2, 3, 2)
-    np.testing.assert_array_equal(written[:, 1], whole.information.numpy()[:, 1])
-    assert not written[:, [0, 2]].any()
+@pytest.mark.parametrize(("modalities", "scales", "launches"), [(2, 9, 2), (5, 10, 2), (17, 5, 3)])
+def test_more_scales_than_a_launch_takes(rng, modalities, scales, launches):
+    """Results, masks, and noise go by the number of the scale in the call."""
+    shapes = [(2, 3 + s % 3, 12 + s) for s in range(scales)]
+    features = features_of(rng, shapes, modalities=modalities)
+    masks = [rng.random((2, p)) > 0.3 for _, _, p in shapes]
+    present = rng.random((2, modalities)) > 0.3
+    passes = check_softmax(rng, features, masks, present, sigma=[0.5, 0] + [0.2] * (modalities - 2), draws=2, tolerance=5)
+    assert [out.launches for out in passes] == [launches] * 2
 
 
 def test_blocks_that_take_several_tiles(rng):
@@ -169,11 +193,11 @@ def test_nothing_present(rng):
 # ---- gradient_statistics ----
 
 
-def check_statistics(rng, tensors, features=True, values=True, maps=True, masked=True, **options):
+def check_statistics(rng, tensors, features=True, values=True, maps=True, masked=True, tensor=Tensor, **options):
     """``tensors``: ``(shape, dtype, layout)``; both passes of one call."""
     memory = ptx.Memory()
-    grads = [Tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors]
-    e = [Tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors] if features else None
+    grads = [tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors]
+    e = [tensor(memory, rng.standard_normal(s), d, layout) for s, d, layout in tensors] if features else None
     rows = [(s[0], s[2]) for s, _, _ in tensors]
     f = [(0.5 + rng.random(r)).astype(np.float32) for r in rows] if values else None
     masks = [rng.random(r) > 0.3 for r in rows] if masked else None
@@ -236,6 +260,13 @@ def test_gradient_statistics_of_mixed_kinds(rng):
     assert forward.call.tilings[2].tiles_per_block > 1
 
 
+@pytest.mark.parametrize(("tensors", "launches"), [(14, 1), (15, 2), (31, 3)])
+def test_more_tensors_than_a_launch_takes(rng, tensors, launches):
+    kinds = [((2, 3 + k % 4, 9 + k), ("float32", "bfloat16")[k % 2], ("pixels", "channels")[k // 2 % 2]) for k in range(tensors)]
+    passes = check_statistics(rng, kinds)
+    assert [out.launches for out in passes] == [launches] * 2
+
+
 def test_attribution_of_zero(rng):
     """Nothing attributed at some pixels: the gradient of the root is taken as 0 there."""
     memory, g = ptx.Memory(), rng.standard_normal((1, 8, 40))
@@ -291,6 +322,16 @@ def test_gradient_statistics_moves_every_byte_once(rng, layout):
             assert traffic.bytes == traffic.distinct == buffer.size
 
 
+@pytest.mark.parametrize("layout", ["pixels", "channels"])
+def test_offsets_take_64_bits(rng, layout):
+    """Strides between samples and lines beyond 2^31 elements, read and written."""
+    features = features_of(rng, [(3, 12, 40)], "bfloat16", layout, tensor=FarTensor)
+    assert features[0][0].array.line_stride > 2**31
+    check_softmax(rng, features, sigma=[0.5, 0.0])
+    for dtype in ("bfloat16", "float64"):
+        check_statistics(rng, [((3, 12, 40), dtype, layout)], tensor=FarTensor)
+
+
 def test_same_bits_again(rng):
     features = features_of(rng, [(2, 20, 500)])
     once, again = (cuda_calls.softmax_fisher(features, sigma=[1.0, 0.0], seed=SEED) for _ in range(2))
@@ -304,3 +345,16 @@ def test_other_architectures(rng, arch):
         features = features_of(rng, [(2, 19, 300)], dtype, layout)
         check_softmax(rng, features, [rng.random((2, 300)) > 0.5], sigma=[0.4, 0.0], draws=2, tolerance=5, arch=arch)
         check_statistics(rng, [((2, 19, 300), dtype, layout)], arch=arch)
+
+
+SPILLED = {("softmax_fisher_forward_noise_float32", 80): 56, ("gradient_statistics_backward_float32", 90): 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("stem", "kernels"), [("softmax_fisher", 4), ("gradient_statistics", 2)])
+def test_nothing_else_spills(stem, kernels, architecture):
+    """Bytes stored and loaded, as ptxas reports them. Tensors of 32 and 16 bits share a kernel."""
+    found = {name: taken.stack for name, taken in assembled(stem, architecture)[1].items() if name.endswith("_float32")}
+    assert len(found) == kernels
+    assert found == {name: SPILLED.get((name, architecture), 0) for name in found}

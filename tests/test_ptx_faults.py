@@ -24,6 +24,19 @@ KERNEL(load_from_null) { SETUP y[i] = fault ? *(const float*)(t * 4ull) : x[i]; 
 KERNEL(store_behind_the_end) { SETUP y[i + fault] = x[i]; }
 KERNEL(misaligned_vector) { SETUP if (t < 8) { float4 v = *(const float4*)(x + 4 * t + fault); y[t] = v.x + v.w; } }
 KERNEL(misaligned_float) { SETUP y[i] = t < 60 ? *(const float*)((const char*)(x + i) + fault) : 0; }
+KERNEL(misaligned_store) {
+  SETUP if (t >= 62) y[i] = x[i];
+  else if (t % 2 == 0) *(float2*)(y + i + fault) = make_float2(x[i], x[i + 1]);
+}
+KERNEL(misaligned_shared) {
+  SETUP __shared__ __align__(8) float s[64];
+  s[t] = x[i];
+  __syncthreads();
+  if (t >= 62) { y[i] = 0; return; }
+  const float2 v = ((const float2*)(s + fault))[t / 2];
+  y[i] = v.x + v.y;
+}
+KERNEL(atomic_behind_the_end) { SETUP y[i] = x[i]; if (t == 63) atomicAdd((int*)&scratch[t + fault], 1); }
 KERNEL(read_of_unwritten_output) { SETUP y[i] = fault ? y[i ^ 1] : x[i]; }
 KERNEL(output_left_unwritten) { SETUP if (!fault || t != 17) y[i] = x[i]; }
 KERNEL(two_writers) { SETUP y[fault ? i - (t & 1) : i] = x[i]; if (fault && (t & 1)) y[i] = 0; }
@@ -157,6 +170,9 @@ FAULTS = {
     "store_behind_the_end": (ptx.OutOfBounds, "offset 512 of y"),
     "misaligned_vector": (ptx.Misaligned, "16 bytes at offset 4 of x"),
     "misaligned_float": (ptx.Misaligned, "4 bytes at offset 1 of x"),
+    "misaligned_store": (ptx.Misaligned, "8 bytes at offset 4 of y"),
+    "misaligned_shared": (ptx.Misaligned, "8 bytes at offset 4 of shared"),
+    "atomic_behind_the_end": (ptx.OutOfBounds, "offset 256 of scratch, which has 256"),
     "read_of_unwritten_output": (ptx.Uninitialized, "of y"),
     "output_left_unwritten": (ptx.Uninitialized, "y: 8 of 512 bytes"),
     "two_writers": (ptx.GlobalConflict, "of y is stored to by two threads"),

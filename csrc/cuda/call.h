@@ -31,11 +31,13 @@ struct Tiling {
   int32_t tiles_per_block;   // plan
   int32_t width;             // plan: pixels of a tile, a power of two
   int32_t pitch;             // plan: from pixel to pixel of a tile in shared memory, in elements
-  int32_t lanes;             // plan: threads that share a pixel, a power of two up to 32
+  int32_t lanes;             // plan: threads that share a pixel, a power of two
 };
 
 constexpr int kMostScales = 8, kMostArrays = 48, kMostTensors = 14;
-constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 512 : 256; }
+constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 1024 : 512; }
+// Groups of four channels of a pixel that a thread of softmax_fisher keeps in registers, at most: [backward][with noise].
+constexpr int kMostQuads[2][2] = {{4, 2}, {2, 1}};
 
 struct SoftmaxFisher {
   int32_t modalities, scales;          // modalities * scales <= kMostArrays
@@ -82,7 +84,7 @@ inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype
 
 // Blocks of a launch, at most: beyond, a block takes several tiles one after the other, and the last block has fewer results to add up.
 constexpr int64_t kMostBlocks = 8192;
-// Shared memory for each thread, as far as the number of channels allows: then an A100 holds 1024 threads, half of its limit.
+// Shared memory for each thread, at least for a quad: then an A100 holds 1024 threads, half of its limit.
 constexpr int64_t kBytesPerThread = 160;
 constexpr int64_t kSectorBytes = 32;
 
@@ -91,16 +93,26 @@ inline bool whole_pieces(const Array& x, const Tiling& t) {
   return !((reinterpret_cast<uintptr_t>(x.data) | x.sample_stride * bytes | x.line_stride * bytes | length * bytes) & 15);
 }
 
-// Sizes of the tiles of one tiling whose arrays have elements of `least_bytes` or more, `planes` of them in shared memory.
-inline void plan_tile(Tiling& t, int64_t planes, int64_t accumulator_bytes, int64_t least_bytes, bool pixel_lines, int64_t limit) {
-  const int64_t quads = (t.channels + 3) / 4, quad_bytes = 4 * accumulator_bytes * planes;
+// Numbers for each warp that a team exchanges (tile.h).
+constexpr int64_t kTeamRows = 4;
+
+// From pixel to pixel: as many quads for each thread, and pixels start in different banks.
+inline int64_t pitch_of(int64_t channels, int64_t lanes) {
+  const int64_t quads = ((channels + 3) / 4 + lanes - 1) / lanes * lanes;
+  return 4 * quads + (quads % 2 ? 0 : 4);
+}
+
+// Width and lanes of the tiles of one tiling whose arrays have elements of `least_bytes` or more, `planes` of them in shared memory; a thread has at
+// most `quads_of_thread` groups of four channels.
+inline void plan_tile(Tiling& t, int64_t planes, int64_t accumulator_bytes, int64_t least_bytes, bool pixel_lines, int64_t quads_of_thread,
+                      int64_t limit) {
+  const int64_t quads = (t.channels + 3) / 4, fit = std::max<int64_t>(1, kBytesPerThread / (4 * accumulator_bytes * planes));
   int64_t lanes = 1, width = 1;
-  while (lanes < 32 && (quads + lanes - 1) / lanes * quad_bytes > kBytesPerThread) lanes *= 2;
-  const int64_t least = 32 / lanes, sector = pixel_lines ? kSectorBytes / least_bytes : 1;
+  while (lanes < most_threads(accumulator_bytes) && lanes * std::min(fit, quads_of_thread) < quads) lanes *= 2;
+  const int64_t least = std::max<int64_t>(32 / lanes, 1), sector = pixel_lines ? kSectorBytes / least_bytes : 1;
   while (width < std::max(256 / lanes, sector) && width < t.pixels) width *= 2;
   width = std::max(width, least);
-  t.pitch = int32_t(4 * quads + (quads % 2 ? 0 : 4));  // pixels start in different banks
-  while (width > least && width * t.pitch * planes * accumulator_bytes > limit) width /= 2;
+  while (width > least && width * pitch_of(t.channels, lanes) * planes * accumulator_bytes > limit) width /= 2;
   t.width = int32_t(width), t.lanes = int32_t(lanes);
 }
 
@@ -119,23 +131,25 @@ inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t pla
     launch.blocks += batch * t.blocks;
     launch.threads = std::max(launch.threads, std::min(t.width * t.lanes, most_threads(accumulator_bytes)));
   }
-  const int64_t warp_rows = launch.threads / 32 * rows;
+  const int64_t warp_rows = launch.threads / 32 * (rows + kTeamRows);
   for (int k = 0; k < count; ++k) {
-    const int64_t elements = int64_t(tilings[k].width) * (tilings[k].pitch * planes + 4) + warp_rows;
+    Tiling& t = tilings[k];
+    while (t.lanes > 32 && t.width * t.lanes < launch.threads) t.lanes *= 2;  // all threads meet at the team's barriers
+    t.pitch = int32_t(pitch_of(t.channels, t.lanes));
+    const int64_t elements = t.width * (int64_t(t.pitch) * planes + 4) + warp_rows;
     launch.shared_bytes = int32_t(std::max<int64_t>(launch.shared_bytes, std::min<int64_t>(elements * accumulator_bytes, INT32_MAX)));
   }
   return launch;
 }
 
-inline int64_t planes_of(const SoftmaxFisher& call, bool backward) {
-  bool noise = false;
-  for (int m = 0; m < call.modalities; ++m) noise |= call.sigma[m] > 0;
-  return call.modalities + (backward ? 2 : 1) + (noise ? (backward ? 2 : 1) : 0);
+inline bool noisy(const SoftmaxFisher& call) {
+  return std::any_of(call.sigma, call.sigma + call.modalities, [](double sigma) { return sigma > 0; });
 }
 
 // `limit`: the shared memory that a block may have on the device.
 inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
-  const int64_t planes = planes_of(call, backward), reserve = 2048 + 64 * call.modalities * accumulator_bytes;
+  const int64_t planes = call.modalities, reserve = 4096 + 64 * call.modalities * accumulator_bytes;
+  bool fits = true;
   for (int s = 0; s < call.scales; ++s) {
     int64_t least_bytes = 8;
     bool pixel_lines = false;
@@ -147,10 +161,11 @@ inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes
       least_bytes = std::min(least_bytes, size_of(x.dtype));
       pixel_lines |= x.pixel_lines;
     }
-    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, limit - reserve);
+    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, kMostQuads[backward][noisy(call)], limit - reserve);
+    fits &= call.tilings[s].channels <= 4 * kMostQuads[true][true] * most_threads(accumulator_bytes);  // also the backward pass
   }
   Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, most_blocks);
-  if (launch.shared_bytes > limit) launch.shared_bytes = -1;
+  if (launch.shared_bytes > limit || !fits) launch.shared_bytes = -1;
   return launch;
 }
 
@@ -162,7 +177,7 @@ inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_
     call.features[k].vector = whole_pieces(call.features[k], t);
     if (backward) call.to_grads[k].vector = whole_pieces(call.to_grads[k], t);
     if (backward) call.to_features[k].vector = whole_pieces(call.to_features[k], t);
-    plan_tile(call.tilings[k], planes, accumulator_bytes, size_of(call.grads[k].dtype), call.grads[k].pixel_lines, limit - 16384);
+    plan_tile(call.tilings[k], planes, accumulator_bytes, size_of(call.grads[k].dtype), call.grads[k].pixel_lines, t.channels, limit - 16384);
   }
   Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3, most_blocks);
   if (launch.shared_bytes > limit) launch.shared_bytes = -1;

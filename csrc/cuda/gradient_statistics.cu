@@ -14,7 +14,7 @@
 // tensors. So the backward pass has sum_c (g e)^2, which the gradient of a root needs first, without a second reading. Gradients replace g
 // and e in place; what a pixel has once is read and written by neighbouring threads.
 //
-// Sizes: call.h. A pixel gets as many threads as 160 bytes of shared memory for each leave (up to 32), so that 1024 threads fit a
+// Sizes: call.h. A pixel gets as many threads as leave each 160 bytes of shared memory, up to the whole block, so that 1024 threads fit a
 // multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel, or fewer where that
 // does not fit; a single pixel must.
 #include "launch.h"
@@ -24,16 +24,16 @@ namespace mrf {
 namespace cuda {
 namespace {
 
-// Sums over the channels of a pixel, in all its lanes.
+// Over the channels of a pixel, in all threads of its team.
 template <class T>
 struct Sums {
   T norm, square;  // sum_c g^2, sum_c (g e)^2
 };
 
 template <class T>
-__device__ Sums<T> sums_of_pixel(const T* g, const T* e, int channels, int lanes) {
+__device__ Sums<T> sums_of_pixel(const T* g, const T* e, int channels, Team<T>& team) {
   Sums<T> sums = {};
-  for (int c = (threadIdx.x & (lanes - 1)) * 4; c < channels; c += lanes * 4) {
+  for (int c = team.lane() * 4; c < channels; c += team.lanes * 4) {
     const Quad<T> gradient = load_quad(g + c);
     const Quad<T> feature = e ? load_quad(e + c) : Quad<T>{};
     for (int i = 0; i < 4; ++i) {
@@ -42,7 +42,8 @@ __device__ Sums<T> sums_of_pixel(const T* g, const T* e, int channels, int lanes
       sums.square += ge * ge;
     }
   }
-  return {sum_over(sums.norm, 1, lanes), sum_over(sums.square, 1, lanes)};
+  team.sum(sums.norm, sums.square);
+  return sums;
 }
 
 // What a pixel of a tile has once, in shared memory.
@@ -50,6 +51,17 @@ template <class T>
 struct PixelRows {
   T *counts, *f, *fisher, *attribution;
 };
+
+// g and e, if there is any, with zeros in the rest of the last quad.
+template <class T>
+__device__ void read_pair(const GradientStatistics& call, int k, const Tile& tile, T* g, T* e) {
+  const int channels = (tile.channels + 3) & ~3;
+  read_tile<T>(call.grads[k], tile, g);
+  fill_tile(tile, channels, g, T(0));
+  if (!e) return;
+  read_tile<T>(call.features[k], tile, e);
+  fill_tile(tile, channels, e, T(0));
+}
 
 template <class T>
 __device__ T read_pixel(const void* data, int64_t at) { return static_cast<const T*>(data)[at]; }
@@ -78,55 +90,55 @@ __device__ void forward(const GradientStatistics& call) {
   T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
   const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width, after + 3 * tiling.width};
   T* totals = after + 4 * tiling.width;
+  Team<T> team{tiling.lanes, totals + blockDim.x / 32 * 3};
   for (int i = threadIdx.x; i < blockDim.x / 32 * 3; i += blockDim.x) totals[i] = 0;
-  T* total = totals + threadIdx.x / 32 * 3;
 
-  for (int64_t i = place.first_tile; i < place.last_tile; ++i) {
+  for (int i = place.first_tile; i < place.last_tile; ++i) {
+    if (i > place.first_tile) __syncthreads();
     const Tile tile = tile_at(tiling, place.sample, i);
     const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_tile<T>(call.grads[k], tile, g, 0);
-    if (e) read_tile<T>(call.features[k], tile, e, 0);
-    read_counts(tiling, tile, rows.counts);
+    read_pair(call, k, tile, g, e);
+    read_counts(tile, rows.counts);
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x)
       rows.f[p] = call.values[k] && p < tile.count ? read_pixel<T>(call.values[k], row + p) : T(1);
     __syncthreads();
-    for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
+    for (int p = team.pixel(); p < tile.width; p += team.pixels_at_once()) {
       const int at = p * tile.pitch;
-      const Sums<T> sums = sums_of_pixel(g + at, e ? e + at : nullptr, tile.channels, tiling.lanes);
       const bool counts = rows.counts[p] != T(0);
+      const Sums<T> sums = sums_of_pixel(g + at, e ? e + at : nullptr, tile.channels, team);
       const T fisher = counts ? sums.norm / (rows.f[p] + T(call.eps)) : T(0), square = counts ? sums.square : T(0);
-      add_pixels(fisher, tiling.lanes, total);
-      add_pixels(square, tiling.lanes, total + 1);
-      add_pixels(rows.counts[p], tiling.lanes, total + 2);
-      if ((threadIdx.x & (tiling.lanes - 1)) == 0) rows.fisher[p] = fisher, rows.attribution[p] = square_root(square);
+      add_pixels(fisher, team.lanes, totals, 3, 0);
+      add_pixels(square, team.lanes, totals, 3, 1);
+      add_pixels(rows.counts[p], team.lanes, totals, 3, 2);
+      if (team.lane() == 0) rows.fisher[p] = fisher, rows.attribution[p] = square_root(square);
     }
     __syncthreads();
     for (int p = threadIdx.x; p < tile.count; p += blockDim.x) {
       if (call.fisher_maps[k]) static_cast<T*>(call.fisher_maps[k])[row + p] = rows.fisher[p];
       if (call.attribution_maps[k]) static_cast<T*>(call.attribution_maps[k])[row + p] = rows.attribution[p];
     }
-    __syncthreads();
   }
   uint32_t* arrived = call.arrived + k * call.batch + place.sample;
   if (publish(totals, 3, static_cast<T*>(call.partial), arrived, tiling.blocks)) write_results<T>(call, place);
 }
 
-// dg and de of a pixel in place of g and e, from 2 u / (f + eps) and 2 v; returns sum_c g^2.
+// dg and de of a pixel in place of g and e, 0 where it does not count, from 2 u / (f + eps) and 2 v; returns sum_c g^2.
 template <class T>
-__device__ T gradient_of_pixel(T* g, T* e, int channels, int lanes, T u, T v) {
+__device__ T gradient_of_pixel(T* g, T* e, int channels, Team<T>& team, bool counts, T u, T v) {
   T norm = 0;
-  for (int c = (threadIdx.x & (lanes - 1)) * 4; c < channels; c += lanes * 4) {
+  for (int c = team.lane() * 4; c < channels; c += team.lanes * 4) {
     Quad<T> gradient = load_quad(g + c), feature = e ? load_quad(e + c) : Quad<T>{};
     for (int i = 0; i < 4; ++i) {
       const T from = gradient.at[i], vg = v * from;
       norm += from * from;
-      gradient.at[i] = u * from + vg * feature.at[i] * feature.at[i];
-      feature.at[i] = vg * from * feature.at[i];
+      gradient.at[i] = counts ? u * from + vg * feature.at[i] * feature.at[i] : T(0);
+      feature.at[i] = counts ? vg * from * feature.at[i] : T(0);
     }
     store_quad(g + c, gradient);
     if (e) store_quad(e + c, feature);
   }
-  return sum_over(norm, 1, lanes);
+  team.sum(norm);
+  return norm;
 }
 
 template <class T>
@@ -138,15 +150,16 @@ __device__ void backward(const GradientStatistics& call) {
   T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
   // Of `fisher` first the upstream weight u, then df; of `attribution` the upstream gradient of the map.
   const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width, after + 3 * tiling.width};
+  Team<T> team{tiling.lanes, after + 4 * tiling.width};
   const int64_t weight = (call.first_tensor + k) * call.batch + place.sample;
   const T of_fisher = call.values[k] ? T(call.fisher_weight[weight]) : T(0), of_square = e ? T(call.attribution_weight[weight]) : T(0);
 
-  for (int64_t i = place.first_tile; i < place.last_tile; ++i) {
+  for (int i = place.first_tile; i < place.last_tile; ++i) {
+    if (i > place.first_tile) __syncthreads();
     const Tile tile = tile_at(tiling, place.sample, i);
     const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_tile<T>(call.grads[k], tile, g, 0);
-    if (e) read_tile<T>(call.features[k], tile, e, 0);
-    read_counts(tiling, tile, rows.counts);
+    read_pair(call, k, tile, g, e);
+    read_counts(tile, rows.counts);
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x) {
       const bool inside = p < tile.count;
       rows.f[p] = (call.values[k] && inside ? read_pixel<T>(call.values[k], row + p) : T(1)) + T(call.eps);
@@ -154,35 +167,35 @@ __device__ void backward(const GradientStatistics& call) {
       rows.attribution[p] = call.attribution_maps[k] && inside ? read_pixel<T>(call.attribution_maps[k], row + p) : T(0);
     }
     __syncthreads();
-    for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
+    for (int p = team.pixel(); p < tile.width; p += team.pixels_at_once()) {
       const int at = p * tile.pitch;
+      const bool counts = rows.counts[p] != T(0);
       T *g_of_pixel = g + at, *e_of_pixel = e ? e + at : nullptr;
       const T f = rows.f[p], u = call.values[k] ? rows.fisher[p] / f : T(0);
       T v = of_square;
       if (call.attribution_maps[k]) {
-        const T square = sums_of_pixel(g_of_pixel, e_of_pixel, tile.channels, tiling.lanes).square;
+        const T square = sums_of_pixel(g_of_pixel, e_of_pixel, tile.channels, team).square;
         v += square == 0 ? T(0) : rows.attribution[p] / (2 * square_root(square));
       }
-      const T norm = gradient_of_pixel(g_of_pixel, e_of_pixel, tile.channels, tiling.lanes, 2 * u, 2 * v);
-      __syncwarp();  // all lanes have read u
-      if ((threadIdx.x & (tiling.lanes - 1)) == 0) rows.fisher[p] = rows.counts[p] != T(0) ? -u * norm / f : T(0);
+      const T norm = gradient_of_pixel(g_of_pixel, e_of_pixel, tile.channels, team, counts, 2 * u, 2 * v);
+      __syncwarp();  // all threads of the team have read u
+      if (team.lane() == 0) rows.fisher[p] = counts ? -u * norm / f : T(0);
     }
     __syncthreads();
-    write_tile<T>(call.to_grads[k], tile, g, rows.counts);
-    if (e) write_tile<T>(call.to_features[k], tile, e, rows.counts);
+    write_tile<T>(call.to_grads[k], tile, g);
+    if (e) write_tile<T>(call.to_features[k], tile, e);
     for (int p = threadIdx.x; p < tile.count; p += blockDim.x)
       if (call.to_values[k]) static_cast<T*>(call.to_values[k])[row + p] = rows.fisher[p];
-    __syncthreads();
   }
 }
 
 }  // namespace
 
-// 512 threads of at most 64 registers, so that two blocks fit a multiprocessor.
-#define MRF_KERNEL(pass, name, type)                                                                         \
-  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), sizeof(type) == 4 ? 2 : 1)        \
-      gradient_statistics_##pass##_##name(const __grid_constant__ GradientStatistics call) {                 \
-    pass<type>(call);                                              \
+// At most 64 registers a thread (128 in float64): 1024 of them fit a multiprocessor.
+#define MRF_KERNEL(pass, name, type)                                                  \
+  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), 1)           \
+      gradient_statistics_##pass##_##name(const __grid_constant__ GradientStatistics call) { \
+    pass<type>(call);                                                                 \
   }
 MRF_KERNEL(forward, float32, float)
 MRF_KERNEL(forward, float64, double)

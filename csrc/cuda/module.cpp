@@ -1,4 +1,5 @@
-// The raw ops modreg_fast_native::* for tensors on CUDA, on LibTorch's stable ABI: calls cut into launches that fit a kernel's parameters.
+// The raw ops modreg_fast_native::* for tensors on CUDA, on LibTorch's stable ABI: raw pointers and sizes of the tensors, one launch for each
+// part of a call (split.h), scratch memory from torch's allocator, all on the current stream.
 // The arguments are prepared by modreg_fast/backends/cpu, so a failed check here means a call that did not come from there.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "split.h"
 
 // Not there in a torch without CUDA, where nothing here is called.
 extern "C" int aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
@@ -48,21 +50,35 @@ T* pointer_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-template <class T = void>
-T* pointer_of(const Tensors& tensors, size_t k) { return tensors.empty() ? nullptr : pointer_of<T>(tensors[k]); }
+std::vector<Array> arrays_of(const Tensors& tensors) {
+  std::vector<Array> arrays;
+  for (const Tensor& x : tensors) arrays.push_back(array_of(x));
+  return arrays;
+}
 
-Tiling tiling_of(const Tensor& x, const Tensors& masks, size_t k) {
-  Tiling tiling{};
-  tiling.channels = x.size(1), tiling.pixels = x.size(2), tiling.mask = pointer_of<uint8_t>(masks, k);
-  return tiling;
+std::vector<void*> pointers_of(const Tensors& tensors) {
+  std::vector<void*> pointers;
+  for (const Tensor& x : tensors) pointers.push_back(pointer_of(x));
+  return pointers;
+}
+
+// Of the first `count` tensors; masks: of each of them, or none.
+std::vector<Tiling> tilings_of(const Tensors& tensors, size_t count, const Tensors& masks) {
+  std::vector<Tiling> tilings(count);
+  for (size_t k = 0; k < count; ++k) {
+    tilings[k].channels = tensors[k].size(1), tilings[k].pixels = tensors[k].size(2);
+    tilings[k].mask = masks.empty() ? nullptr : pointer_of<uint8_t>(masks[k]);
+  }
+  return tilings;
 }
 
 // The results of blocks and the counters of a launch live until it is queued; the allocator keeps their memory in the order of the stream.
 template <class Call>
 void run(Call& call, const Tensor& like, bool backward, bool wide, int64_t rows, int64_t counters) {
   const mrf::cuda::Launch launch = mrf::cuda::plan(call, backward, wide ? 8 : 4, mrf::cuda::shared_memory_limit());
-  STD_TORCH_CHECK(launch.shared_bytes >= 0, "modreg_fast: backend 'cuda': all channels of 32 bytes of pixels, or of one pixel, do not "
-                  "fit the shared memory of this GPU; use backend 'reference'");
+  STD_TORCH_CHECK(launch.shared_bytes >= 0,
+                  "modreg_fast: backend 'cuda': too many channels or modalities: those of one pixel do not fit the shared memory of this "
+                  "GPU, or softmax_fisher has more than 4096 channels (2048 in float64); use backend 'reference'");
   std::optional<Tensor> partial, arrived;
   if (!backward) {
     partial = torch::stable::new_empty(like, {launch.blocks * rows}, wide ? ScalarType::Double : ScalarType::Float);
@@ -70,6 +86,7 @@ void run(Call& call, const Tensor& like, bool backward, bool wide, int64_t rows,
     call.partial = partial->data_ptr(), call.arrived = static_cast<uint32_t*>(arrived->data_ptr());
   }
   void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "modreg_fast_native: this torch does not tell its CUDA stream");
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0, "modreg_fast_native: no CUDA stream");
   const char* error = mrf::cuda::launch(call, launch, backward, wide, stream);
   STD_TORCH_CHECK(error == nullptr, "modreg_fast: backend 'cuda': ", error);
@@ -81,24 +98,17 @@ void softmax_fisher(const Tensors& features, const Tensors& masks, const std::op
                     int64_t draws, const std::optional<Tensor>& seed, double eps, bool wide, mrf::cuda::SoftmaxFisher call,
                     const Tensors& gradients) {
   const torch::stable::accelerator::DeviceGuard guard(features[0].get_device_index());
-  const int modalities = int(sigma.size()), scales = int(features.size() / sigma.size());
+  const int modalities = int(sigma.size());
   STD_TORCH_CHECK(modalities <= mrf::cuda::kMostArrays, "modreg_fast: backend 'cuda' takes at most 48 modalities");
-  call.modalities = modalities, call.all_scales = scales, call.draws = int32_t(draws), call.batch = features[0].size(0), call.eps = eps;
+  call.modalities = modalities, call.draws = int32_t(draws), call.batch = features[0].size(0), call.eps = eps;
   call.present = present.has_value() ? pointer_of<uint8_t>(*present) : nullptr;
   call.seed = seed.has_value() ? pointer_of<int64_t>(*seed) : nullptr;
   std::copy(sigma.begin(), sigma.end(), call.sigma);
-  const int most = std::min(mrf::cuda::kMostScales, mrf::cuda::kMostArrays / modalities);
-  for (int first = 0; first < scales; first += most) {
-    call.first_scale = first, call.scales = std::min(most, scales - first);
-    for (int s = 0; s < call.scales; ++s) {
-      call.tilings[s] = tiling_of(features[first + s], masks, first + s);
-      for (int m = 0; m < modalities; ++m) {
-        call.features[m * call.scales + s] = array_of(features[m * scales + first + s]);
-        if (!gradients.empty()) call.gradients[m * call.scales + s] = array_of(gradients[m * scales + first + s]);
-      }
-    }
-    run(call, features[0], !gradients.empty(), wide, modalities + 1, call.scales * call.batch);
-  }
+  const mrf::cuda::SoftmaxFisherTables all{tilings_of(features, features.size() / sigma.size(), masks), arrays_of(features),
+                                           arrays_of(gradients)};
+  mrf::cuda::for_each_launch(call, all, [&](mrf::cuda::SoftmaxFisher& part) {
+    run(part, features[0], !gradients.empty(), wide, modalities + 1, part.scales * part.batch);
+  });
 }
 
 void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma, int64_t draws,
@@ -119,38 +129,25 @@ void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std
 
 // ---- gradient_statistics ----
 
-struct Statistics {
-  const Tensors &grads, &features, &values, &masks, &fisher_maps, &attribution_maps;
-};
-
-void gradient_statistics(const Statistics& given, double eps, mrf::cuda::GradientStatistics call, const Tensors& to_grads,
-                         const Tensors& to_features, const Tensors& to_values) {
-  const Tensors& grads = given.grads;
-  const torch::stable::accelerator::DeviceGuard guard(grads[0].get_device_index());
-  const bool wide = dtype_of(grads[0]) == DType::float64;
-  call.batch = grads[0].size(0), call.eps = eps;
-  for (int first = 0; first < int(grads.size()); first += mrf::cuda::kMostTensors) {
-    call.first_tensor = first, call.tensors = std::min<int>(mrf::cuda::kMostTensors, int(grads.size()) - first);
-    for (int k = 0; k < call.tensors; ++k) {
-      const size_t from = first + k;
-      STD_TORCH_CHECK((dtype_of(grads[from]) == DType::float64) == wide, "modreg_fast_native: float64 tensors beside others");
-      call.tilings[k] = tiling_of(grads[from], given.masks, from);
-      call.grads[k] = array_of(grads[from]);
-      if (!given.features.empty()) call.features[k] = array_of(given.features[from]);
-      if (!to_grads.empty()) call.to_grads[k] = array_of(to_grads[from]);
-      if (!to_features.empty()) call.to_features[k] = array_of(to_features[from]);
-      call.values[k] = pointer_of(given.values, from), call.to_values[k] = pointer_of(to_values, from);
-      call.fisher_maps[k] = pointer_of(given.fisher_maps, from), call.attribution_maps[k] = pointer_of(given.attribution_maps, from);
-    }
-    run(call, grads[0], !to_grads.empty(), wide, 3, call.tensors * call.batch);
-  }
+void gradient_statistics(const mrf::cuda::GradientStatisticsTables& all, const Tensor& like, double eps,
+                         mrf::cuda::GradientStatistics call, bool backward) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const bool wide = dtype_of(like) == DType::float64;
+  for (const Array& x : all.grads)
+    STD_TORCH_CHECK((x.dtype == DType::float64) == wide, "modreg_fast_native: float64 tensors beside others");
+  call.batch = like.size(0), call.eps = eps;
+  mrf::cuda::for_each_launch(call, all, [&](mrf::cuda::GradientStatistics& part) {
+    run(part, like, backward, wide, 3, part.tensors * part.batch);
+  });
 }
 
 void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensor fisher,
                                  Tensor attribution, Tensors fisher_maps, Tensors attribution_maps) {
   mrf::cuda::GradientStatistics call{};
   call.fisher = values.empty() ? nullptr : pointer_of(fisher), call.attribution = features.empty() ? nullptr : pointer_of(attribution);
-  gradient_statistics({grads, features, values, masks, fisher_maps, attribution_maps}, eps, call, {}, {}, {});
+  const mrf::cuda::GradientStatisticsTables all{tilings_of(grads, grads.size(), masks), arrays_of(grads), arrays_of(features), {}, {},
+                                                pointers_of(values), {}, pointers_of(fisher_maps), pointers_of(attribution_maps)};
+  gradient_statistics(all, grads[0], eps, call, false);
 }
 
 void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensors fisher_map_grads, Tensors attribution_map_grads,
@@ -158,8 +155,11 @@ void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weigh
                                   Tensors to_features, Tensors to_values) {
   mrf::cuda::GradientStatistics call{};
   call.fisher_weight = pointer_of<double>(fisher_weight), call.attribution_weight = pointer_of<double>(attribution_weight);
-  gradient_statistics({grads, features, values, masks, fisher_map_grads, attribution_map_grads}, eps, call, to_grads, to_features,
-                      to_values);
+  const mrf::cuda::GradientStatisticsTables all{tilings_of(grads, grads.size(), masks), arrays_of(grads), arrays_of(features),
+                                                arrays_of(to_grads), arrays_of(to_features), pointers_of(values),
+                                                pointers_of(to_values), pointers_of(fisher_map_grads),
+                                                pointers_of(attribution_map_grads)};
+  gradient_statistics(all, grads[0], eps, call, true);
 }
 
 std::string cuda_architectures() { return MRF_CUDA_ARCHITECTURES; }

@@ -32,7 +32,8 @@ __device__ inline void box_muller(uint32_t a, uint32_t b, double& first, double&
 // The four channels of block g of a tensor's noise.
 template <class T>
 __device__ inline Quad<T> normals(uint64_t seed, uint64_t g, uint32_t tensor, uint32_t draw) {
-  const uint4 words = philox4x32({uint32_t(g), uint32_t(g >> 32), tensor, draw}, {uint32_t(seed), uint32_t(seed >> 32)});
+  const uint2 key = {recomputed(uint32_t(seed)), recomputed(uint32_t(seed >> 32))};  // the keys of all rounds: many registers
+  const uint4 words = philox4x32({uint32_t(g), uint32_t(g >> 32), tensor, draw}, key);
   Quad<T> x;
   box_muller(words.x, words.y, x.at[0], x.at[1]);
   box_muller(words.z, words.w, x.at[2], x.at[3]);

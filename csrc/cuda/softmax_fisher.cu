@@ -10,15 +10,14 @@
 // adds up; backward reads every feature once and writes every gradient once. Noise is computed, not stored.
 //
 // Work: a block takes tiles of pixels of one sample at one scale, all channels of all present modalities, into shared memory (tile.h);
-// one launch covers all scales. Planes of shared memory beside the M features: q; with noise, the noisy features of one draw; backward,
-// the bracket in dI/dR and, with noise, the gradient over draws. Gradients replace the features in place. A softmax takes one walk over
-// the channels, with a maximum that rises from quad to quad, a second walk the moments, a third the gradient; the exponentials are computed
-// again in each, which costs less than their places in shared memory would.
+// one launch covers all scales. Of its pixel a thread keeps up to 16 channels in registers, 8 in the backward pass: the exponentials of R,
+// those of one modality and draw, and the gradients that add up. So each feature is read from shared memory twice, once for R; gradients
+// replace the features there. A softmax takes the exact maximum, and one exponential for each channel.
 //
-// Sizes: call.h. A pixel gets as many threads as 160 bytes of shared memory for each leave (up to 32), so that 1024 threads fit a
-// multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel. With 1024 channels of
-// two modalities, tiles are larger and 128 to 512 threads fit. Where even that is too large, a tile has fewer pixels, and the rest of each
-// sector comes from L2 when the next block asks for it; a single pixel must fit.
+// Sizes: call.h. A pixel gets as many threads as its channels need, up to the whole block, and as leave each thread 160 bytes of shared
+// memory: then 1024 threads fit a multiprocessor of an A100. A tile has the pixels of 256 threads, and at least a 32-byte sector of every
+// channel. Where that is too large, a tile has fewer pixels, and the rest of each sector comes from L2 when the next block asks for it; a
+// single pixel must fit.
 #include "launch.h"
 #include "philox.h"
 
@@ -29,179 +28,149 @@ namespace {
 template <class T>
 constexpr T kLog2E = T(1.44269504088896340736);
 
-// The largest logit, and the sum of exp(logit - top), of a lane and then of a pixel.
+// What stands for a channel that is not there: its exponential is 0, and so is its part of any sum.
 template <class T>
-struct Softmax {
-  T top = -INFINITY, sum = 0;
-
-  __device__ void add(const Quad<T>& y) {
-    const T high = maximum(maximum(top, maximum(y.at[0], y.at[1])), maximum(y.at[2], y.at[3]));
-    sum *= exp2_of((top - high) * kLog2E<T>);
-    for (int i = 0; i < 4; ++i) sum += exp2_of((y.at[i] - high) * kLog2E<T>);
-    top = high;
-  }
-  __device__ void combine(int lanes) {
-    const T high = maximum_over(top, lanes);
-    sum = sum_over(sum * exp2_of((top - high) * kLog2E<T>), 1, lanes);
-    top = high;
-  }
-};
-
-// The planes of a tile: pixel p of plane k.
-template <class T>
-struct Planes {
-  T* memory;
-  int width, pitch;
-  __device__ T* at(int k, int p) const { return memory + (int64_t(k) * width + p) * pitch; }
-};
+constexpr T kAbsent = T(-1e38);
 
 // Bit m: whether the sample has modality m.
 __device__ inline uint64_t held_by(const SoftmaxFisher& call, int64_t sample) {
   uint64_t held = 0;
+#pragma unroll 1
   for (int m = 0; m < call.modalities; ++m)
     held |= uint64_t(call.present == nullptr || call.present[sample * call.modalities + m]) << m;
   return held;
 }
 
-// One pixel, by `lanes` threads.
-template <class T, bool Backward>
+// The part of one pixel that a thread has: every lanes-th quad, `Quads` of them.
+template <class T, bool Backward, bool Noisy, int Quads>
 struct Pixel {
+  static constexpr int n = 4 * Quads;
   const SoftmaxFisher& call;
   const Tile& tile;
-  const Tiling& tiling;
-  Planes<T> planes;
-  int scale, p, first, step;  // the quads of this thread start at channels first, first + step, ...
-  bool counts;
+  Team<T>& team;
+  const int64_t& first_noise;  // the number of a tile's first block of noise, in shared memory
+  T* features;  // its first quad of modality 0, in shared memory
+  int scale, p;
   uint64_t held;
-  int modalities_held;
-  T inverse;  // of modalities_held
-  uint64_t seed;
-  T* rows;  // of the warp: sums of I by modality
+  const T& counts;  // 1 or 0
+  T* rows;          // of the warps: sums of I by modality, and pixels
 
-  __device__ T* q() const { return planes.at(call.modalities, p); }
-  __device__ T* pull() const { return planes.at(call.modalities + 1, p); }
-  __device__ T* noisy() const { return planes.at(call.modalities + (Backward ? 2 : 1), p); }
-  __device__ T* own() const { return planes.at(call.modalities + 3, p); }
-
-  // q from the mean of the features.
-  __device__ void reference() const {
-    const bool exact = (modalities_held & (modalities_held - 1)) == 0;  // a power of two has an exact inverse
-    Softmax<T> softmax;
-    for (int c = first; c < tile.channels; c += step) {
-      Quad<T> mean = {};
-      for (int m = 0; m < call.modalities; ++m)
-        if (held >> m & 1) {
-          const Quad<T> x = load_quad(planes.at(m, p) + c);
-          for (int i = 0; i < 4; ++i) mean.at[i] += x.at[i];
-        }
-      if (exact)
-        for (int i = 0; i < 4; ++i) mean.at[i] *= inverse;
-      else
-        for (int i = 0; i < 4; ++i) mean.at[i] /= T(modalities_held);
-      softmax.add(mean);
-      store_quad(q() + c, mean);
-    }
-    softmax.combine(tiling.lanes);
-    const T inverse_sum = reciprocal(softmax.sum);
-    for (int c = first; c < tile.channels; c += step) {
-      Quad<T> x = load_quad(q() + c);
-      for (int i = 0; i < 4; ++i) x.at[i] = rounded_product(exp2_of((x.at[i] - softmax.top) * kLog2E<T>), inverse_sum);
-      store_quad(q() + c, x);
+  __device__ T* place_of(int m, int k) const { return features + m * (tile.width * tile.pitch) + k * (4 * team.lanes); }
+  __device__ void load(int m, T (&x)[n]) const {
+#pragma unroll
+    for (int k = 0; k < Quads; ++k) {
+      const Quad<T> quad = load_quad(place_of(m, k));
+      for (int i = 0; i < 4; ++i) x[4 * k + i] = quad.at[i];
     }
   }
-
-  // The softmax of modality m; with noise, of x + sigma noise, which is left in noisy().
-  __device__ Softmax<T> softmax_of(int m, const T* x, bool noise, int draw) const {
-    Softmax<T> softmax;
-    const int64_t quads = (tiling.channels + 3) / 4;
-    for (int c = first; c < tile.channels; c += step) {
-      Quad<T> y = load_quad(x + c);
-      if (noise) {
-        const uint64_t g = (tile.sample * quads + c / 4) * tiling.pixels + tile.begin + p;
-        const Quad<T> n = normals<T>(seed, g, m * call.all_scales + call.first_scale + scale, draw);
-        for (int i = 0; i < 4; ++i) y.at[i] += T(call.sigma[m]) * n.at[i];
-        store_quad(noisy() + c, y);
-      }
-      softmax.add(y);
+  __device__ void store(int m, const T (&x)[n]) const {
+#pragma unroll
+    for (int k = 0; k < Quads; ++k)
+      store_quad(place_of(m, k), Quad<T>{x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]});
+  }
+  __device__ T largest(const T (&x)[n]) const {
+    T top = x[0];
+    for (int i = 1; i < n; ++i) top = maximum(top, x[i]);
+    return team.largest(top);
+  }
+  __device__ void add_noise(int m, int draw, T (&x)[n]) const {
+    const int64_t tensor = m * call.all_scales + call.first_scale + scale, pixels = call.tilings[scale].pixels;
+    const T sigma = T(call.sigma[m]);
+#pragma unroll
+    for (int k = 0; k < Quads; ++k) {
+      const Quad<T> noise = normals<T>(*call.seed, first_noise + ((thread_number() & (team.lanes - 1)) + k * team.lanes) * pixels + p, tensor, draw);
+      for (int i = 0; i < 4; ++i) x[4 * k + i] += sigma * noise.at[i];
     }
-    softmax.combine(tiling.lanes);
-    return softmax;
   }
 
   __device__ void run() const {
-    reference();
-    T pull_mean = 0;  // sum_c q * pull
-    bool pulled = false;
-    for (int m = 0; m < call.modalities; ++m) {
-      if (!(held >> m & 1)) continue;
-      const bool noise = call.sigma[m] > 0;
-      const int draws = noise ? call.draws : 1;
+    const int modalities_held = __popcll(held);
+    // r = exp(R - max R), from the sum over modalities; q = inverse_r r
+    T r[n], sum_r = 0;
+    load(__ffsll(held) - 1, r);
+#pragma unroll 1
+    for (uint64_t rest = held & (held - 1); rest; rest &= rest - 1) {
+      T x[n];
+      load(__ffsll(rest) - 1, x);
+      for (int i = 0; i < n; ++i) r[i] += x[i];
+    }
+    const T top_r = largest(r), scale_r = kLog2E<T> / T(modalities_held);
+    for (int i = 0; i < n; ++i) r[i] = exp2_of((r[i] - top_r) * scale_r), sum_r += r[i];
+    team.sum(sum_r);
+    const T inverse_r = reciprocal(sum_r);
+
+    T pull[n] = {}, pull_mean = 0;  // the bracket in dI/dR summed over modalities and draws, and its mean by q
+#pragma unroll 1
+    for (uint64_t rest = held; rest; rest &= rest - 1) {
+      const int m = __ffsll(rest) - 1;
+      const bool noise = Noisy && call.sigma[m] > 0;
       const T repeats = T(noise ? 1 : call.draws);  // without noise every draw is the same
-      T* x = planes.at(m, p);
-      T information = 0;
-      for (int draw = 0; draw < draws; ++draw) {
-        const Softmax<T> softmax = softmax_of(m, x, noise, draw);
-        const T* y = noise ? noisy() : x;
-        const T inverse_sum = reciprocal(softmax.sum);
+      T information = 0, own[n] = {};               // own: dI/dX_m but for what comes through R
+#pragma unroll 1
+      for (int draw = 0; draw < (noise ? call.draws : 1); ++draw) {
+        T y[n], e[n];  // y - max y and its exponential; p = inverse e, d = p - q = inverse (e - ratio r)
+        load(m, y);
+        if (noise) add_noise(m, draw, y);
+        const T top = largest(y);
+        T sum = 0, distance = 0, norm = 0, slope = 0;
+        for (int i = 0; i < n; ++i) {
+          y[i] -= top, e[i] = exp2_of(y[i] * kLog2E<T>);
+          sum += e[i], distance -= r[i] * y[i];
+        }
+        team.sum(sum, distance);
+        const T inverse = reciprocal(sum), ratio = quotient(sum, sum_r);
+        for (int i = 0; i < n; ++i) {
+          const T d = e[i] - ratio * r[i];
+          norm += d * d;
+          if (Backward) slope += e[i] * d;
+        }
         // f = log sum + sum_c q_c (top - y_c): both terms are at least 0, nothing cancels.
-        T n = 0, distance = 0, pd = 0;
-        for (int c = first; c < tile.channels; c += step) {
-          const Quad<T> at = load_quad(y + c), reference = load_quad(q() + c);
-          for (int i = 0; i < 4; ++i) {
-            const T shifted = at.at[i] - softmax.top, e = rounded_product(exp2_of(shifted * kLog2E<T>), inverse_sum);
-            const T d = e - reference.at[i];
-            n += d * d;
-            if (c + i < tile.channels) distance -= reference.at[i] * shifted;  // past them, 0 * infinity
-            if (Backward) pd += e * d;
+        distance *= inverse_r;
+        const T inverse_f = reciprocal(logarithm(sum) + distance + T(call.eps));
+        if constexpr (!Backward) {
+          team.sum(norm);
+          information += repeats * (norm * inverse * inverse) * inverse_f;
+        } else {
+          team.sum(norm, slope);
+          norm *= inverse * inverse, slope *= inverse;  // N, and sum p d / inverse
+          const int64_t at = (int64_t(m) * call.all_scales + call.first_scale + scale) * call.batch + tile.sample;
+          const T w = repeats * T(call.weight[at]), a = 2 * w * inverse_f * inverse, b = w * norm * inverse_f * inverse_f;
+          // sum_c q (b (y - top) - a d), with sum q d = sum p d - N. J(q) is blind to a number added to all channels: y - top for log p.
+          pull_mean -= a * (slope - norm / inverse) + b * distance;
+          const T of_p = a * inverse, of_d = b * inverse;
+          const int again = recomputed(0);
+#pragma unroll
+          for (int k = 0; k < Quads; ++k) {
+            if (!Noisy) {  // there are no registers to keep y
+              const Quad<T> quad = load_quad(place_of(m, k) + again);
+              for (int i = 0; i < 4; ++i) y[4 * k + i] = quad.at[i] - top;
+            }
+            for (int i = 4 * k; i < 4 * k + 4; ++i) {
+              const T d = e[i] - ratio * r[i];
+              own[i] += of_p * e[i] * (d - slope) - of_d * d;
+              pull[i] += b * y[i] - a * d;
+            }
           }
         }
-        n = sum_over(n, 1, tiling.lanes);
-        distance = sum_over(distance, 1, tiling.lanes);
-        const T inverse_f = reciprocal(logarithm(softmax.sum) + distance + T(call.eps));
-        if constexpr (!Backward) {
-          information += repeats * n * inverse_f;
-        } else {
-          pd = sum_over(pd, 1, tiling.lanes);
-          const int64_t at = (int64_t(m) * call.all_scales + call.first_scale + scale) * call.batch + tile.sample;
-          const T w = repeats * T(call.weight[at]), a = 2 * w * inverse_f, b = w * n * inverse_f * inverse_f;
-          // sum_c q (b (y - top) - a d), with sum q d = sum p d - N. J(q) is blind to a number added to all channels: y - top for log p.
-          pull_mean -= a * (pd - n) + b * distance;
-          gradient(x, y, softmax.top, inverse_sum, pd, a, b, noise && draw > 0, noise && draw + 1 < draws, pulled);
-          pulled = true;
-        }
       }
-      if constexpr (!Backward) add_pixels(counts ? information : T(0), tiling.lanes, rows + m);
+      if constexpr (Backward)
+        store(m, own);
+      else
+        add_pixels(counts != T(0) ? information : T(0), team.lanes, rows, call.modalities + 1, m);
     }
-    if (Backward && !call.detach_reference) finish(pull_mean);
+    if constexpr (Backward) finish(r, pull, pull_mean, call.detach_reference ? T(0) : inverse_r / T(modalities_held));
   }
 
-  // dI/dX_m weighted, into the place of x, or of own() while draws follow; the bracket of dI/dR added to pull().
-  __device__ void gradient(T* x, const T* y, T top, T inverse_sum, T pd, T a, T b, bool continues, bool goes_on, bool pulled) const {
-    for (int c = first; c < tile.channels; c += step) {
-      const Quad<T> at = load_quad(y + c), reference = load_quad(q() + c);
-      Quad<T> to_x = {}, bracket = {};
-      if (continues) to_x = load_quad(own() + c);
-      if (pulled) bracket = load_quad(pull() + c);
-      for (int i = 0; i < 4; ++i) {
-        const T shifted = at.at[i] - top, e = rounded_product(exp2_of(shifted * kLog2E<T>), inverse_sum), d = e - reference.at[i];
-        to_x.at[i] += a * e * (d - pd) - b * d;
-        bracket.at[i] += b * shifted - a * d;
-      }
-      store_quad((goes_on ? own() : x) + c, to_x);
-      store_quad(pull() + c, bracket);
-    }
-  }
-
-  // Adds J(q) pull / (modalities held) to every gradient.
-  __device__ void finish(T pull_mean) const {
-    for (int c = first; c < tile.channels; c += step) {
-      const Quad<T> reference = load_quad(q() + c), bracket = load_quad(pull() + c);
-      for (int m = 0; m < call.modalities; ++m)
-        if (held >> m & 1) {
-          Quad<T> to_x = load_quad(planes.at(m, p) + c);
-          for (int i = 0; i < 4; ++i) to_x.at[i] += reference.at[i] * (bracket.at[i] - pull_mean) * inverse;
-          store_quad(planes.at(m, p) + c, to_x);
-        }
+  // Adds J(q) pull / (modalities held) to every gradient; 0 where the pixel does not count.
+  __device__ void finish(const T (&r)[n], T (&pull)[n], T pull_mean, T share) const {
+    for (int i = 0; i < n; ++i) pull[i] = share * r[i] * (pull[i] - pull_mean);
+#pragma unroll 1
+    for (uint64_t rest = held; rest; rest &= rest - 1) {
+      const int m = __ffsll(rest) - 1;
+      T x[n];
+      load(m, x);
+      for (int i = 0; i < n; ++i) x[i] = counts != T(0) ? x[i] + pull[i] : T(0);
+      store(m, x);
     }
   }
 };
@@ -222,44 +191,69 @@ __device__ void write_results(const SoftmaxFisher& call, const Place& place) {
   if (threadIdx.x == 0) call.counts[scale * call.batch + place.sample] = int64_t(count);
 }
 
-template <class T, bool Backward>
+// All pixels of a tile.
+template <class T, bool Backward, bool Noisy, int Quads>
+__device__ void run_tile(const SoftmaxFisher& call, const Tile& tile, int scale, uint64_t held, Team<T>& team, const int64_t& first_noise,
+                         T* features, const T* counts, T* rows) {
+#pragma unroll 1
+  for (int p = team.pixel(); p < tile.width; p += team.pixels_at_once()) {
+    const Pixel<T, Backward, Noisy, Quads> pixel{call, tile, team, first_noise, features + p * tile.pitch + 4 * team.lane(), scale, p,
+                                                 held, counts[p], rows};
+    if (held) pixel.run();
+    if (!Backward) add_pixels(counts[p], team.lanes, rows, call.modalities + 1, call.modalities);
+  }
+}
+
+template <class T, bool Backward, bool Noisy>
 __device__ void run(const SoftmaxFisher& call) {
+  __shared__ int64_t first_noise;
   const Place place = place_of_block(call.tilings, call.scales);
   const Tiling& tiling = call.tilings[place.tiling];
   const uint64_t held = held_by(call, place.sample);
-  const int modalities_held = __popcll(held);
-  const T inverse = T(1) / T(modalities_held);
-  bool noise = false;
-  for (int m = 0; m < call.modalities; ++m) noise |= call.sigma[m] > 0;
-  const uint64_t seed = noise ? *call.seed : 0;
-  const int planes = call.modalities + (Backward ? 2 : 1) + (noise ? (Backward ? 2 : 1) : 0);
-  const int plane = tiling.width * tiling.pitch;
-  T *counts = shared<T>() + planes * plane, *rows = counts + tiling.width;
-  const int row = call.modalities + 1;
-  for (int i = threadIdx.x; i < blockDim.x / 32 * row; i += blockDim.x) rows[i] = 0;
-
-  for (int64_t k = place.first_tile; k < place.last_tile; ++k) {
-    const Tile tile = tile_at(tiling, place.sample, k);
+  const int row = call.modalities + 1, warps = blockDim.x / 32;
+  T *features = shared<T>(), *counts = features + call.modalities * tiling.width * tiling.pitch;
+  T* rows = counts + tiling.width;
+  Team<T> team{tiling.lanes, rows + warps * row};
+  for (int i = threadIdx.x; i < warps * row; i += blockDim.x) rows[i] = 0;
+  if (Backward)  // gradients of modalities that are not there
     for (int m = 0; m < call.modalities; ++m)
-      if (held >> m & 1)
-        read_tile<T>(call.features[m * call.scales + place.tiling], tile, shared<T>() + m * plane, -INFINITY);
-    read_counts(tiling, tile, counts);
+      for (int i = threadIdx.x; !(held >> m & 1) && i < tiling.width * tiling.pitch; i += blockDim.x)
+        features[m * tiling.width * tiling.pitch + i] = 0;
+
+  for (int k = place.first_tile; k < place.last_tile; ++k) {
+    if (k > place.first_tile) __syncthreads();
+    const Tile tile = tile_at(tiling, place.sample, k);
+    const int quads = divided((tile.channels + 3) / 4 + tile.lanes - 1, tile.lanes), plane = tile.width * tile.pitch;  // quads: of a thread
+#pragma unroll 1
+    for (uint64_t rest = held; rest; rest &= rest - 1) {
+      const int m = __ffsll(rest) - 1;
+      read_tile<T>(call.features[m * call.scales + place.tiling], tile, features + m * plane);
+      fill_tile(tile, 4 * quads * tile.lanes, features + m * plane, kAbsent<T>);
+    }
+    read_counts(tile, counts);
+    if (Noisy && threadIdx.x == 0) first_noise = tile.sample * ((tile.channels + 3) / 4) * tile.pixels + tile.begin;
     __syncthreads();
-    T* rows_of_warp = rows + threadIdx.x / 32 * row;
-    for (int p = divided(int(threadIdx.x), tiling.lanes); p < tile.width; p += divided(int(blockDim.x), tiling.lanes)) {
-      const int first = (threadIdx.x & (tiling.lanes - 1)) * 4;
-      const Pixel<T, Backward> pixel{call, tile, tiling, {shared<T>(), tile.width, tile.pitch}, place.tiling, p, first, tiling.lanes * 4,
-                                     counts[p] != T(0), held, modalities_held, inverse, seed, rows_of_warp};
-      if (modalities_held > 0) pixel.run();
-      if (!Backward) add_pixels(counts[p], tiling.lanes, rows_of_warp + call.modalities);
+    const auto run_quads = [&](auto n) {
+      run_tile<T, Backward, Noisy, decltype(n)::value>(call, tile, place.tiling, held, team, first_noise, features, counts, rows);
+    };
+    constexpr int most = kMostQuads[Backward][Noisy];
+    if (most == 1 || quads == 1) {
+      run_quads(std::integral_constant<int, 1>{});
+    } else if constexpr (most > 1) {
+      if (most == 2 || quads == 2)
+        run_quads(std::integral_constant<int, 2>{});
+      else if constexpr (most > 2) {
+        if (quads == 3)
+          run_quads(std::integral_constant<int, 3>{});
+        else
+          run_quads(std::integral_constant<int, 4>{});
+      }
     }
     __syncthreads();
-    if (Backward) {
+    if (Backward)
+#pragma unroll 1
       for (int m = 0; m < call.modalities; ++m)
-        write_tile<T>(call.gradients[m * call.scales + place.tiling], tile, shared<T>() + m * plane,
-                      held >> m & 1 ? counts : nullptr);
-      __syncthreads();
-    }
+        write_tile<T>(call.gradients[m * call.scales + place.tiling], tile, features + m * plane);
   }
   if constexpr (!Backward) {
     uint32_t* arrived = call.arrived + place.tiling * call.batch + place.sample;
@@ -269,21 +263,28 @@ __device__ void run(const SoftmaxFisher& call) {
 
 }  // namespace
 
-// 512 threads of at most 64 registers, so that two blocks fit a multiprocessor.
-#define MRF_KERNEL(name, type, backward)                                                              \
-  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), sizeof(type) == 4 ? 2 : 1) \
-      softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {                             \
-    run<type, backward>(call);                                                                        \
+// At most 64 registers a thread (128 in float64): 1024 of them fit a multiprocessor.
+#define MRF_KERNEL(name, type, backward, noisy)                               \
+  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), 1) \
+      softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {     \
+    run<type, backward, noisy>(call);                                         \
   }
-MRF_KERNEL(forward_float32, float, false)
-MRF_KERNEL(forward_float64, double, false)
-MRF_KERNEL(backward_float32, float, true)
-MRF_KERNEL(backward_float64, double, true)
+MRF_KERNEL(forward_float32, float, false, false)
+MRF_KERNEL(forward_noise_float32, float, false, true)
+MRF_KERNEL(forward_float64, double, false, false)
+MRF_KERNEL(forward_noise_float64, double, false, true)
+MRF_KERNEL(backward_float32, float, true, false)
+MRF_KERNEL(backward_noise_float32, float, true, true)
+MRF_KERNEL(backward_float64, double, true, false)
+MRF_KERNEL(backward_noise_float64, double, true, true)
 
 const char* launch(const SoftmaxFisher& call, const Launch& launch, bool backward, bool wide, void* stream) {
-  auto* kernel = backward ? (wide ? softmax_fisher_backward_float64 : softmax_fisher_backward_float32)
-                          : (wide ? softmax_fisher_forward_float64 : softmax_fisher_forward_float32);
-  return run_kernel(kernel, call, launch, stream);
+  using Kernel = void (*)(SoftmaxFisher);
+  constexpr Kernel kernels[2][2][2] = {{{softmax_fisher_forward_float32, softmax_fisher_forward_float64},
+                                        {softmax_fisher_forward_noise_float32, softmax_fisher_forward_noise_float64}},
+                                       {{softmax_fisher_backward_float32, softmax_fisher_backward_float64},
+                                        {softmax_fisher_backward_noise_float32, softmax_fisher_backward_noise_float64}}};
+  return run_kernel(kernels[backward][noisy(call)][wide], call, launch, stream);
 }
 
 }  // namespace cuda

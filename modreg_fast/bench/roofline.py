@@ -24,6 +24,13 @@ class Chip:
             times[pipe] = count / (rate * per_second)
         return {name: 1e12 * seconds for name, seconds in times.items()}
 
+    def bound(self, bytes_: float, instructions: Mapping[str, float]) -> str:
+        """The time of what takes longest, in picoseconds per element, and what it is; how many times as long as the memory takes."""
+        times = self.picoseconds(bytes_, instructions)
+        slowest = max(times, key=lambda pipe: times[pipe])
+        ratio = "" if slowest == "memory" else f" {times[slowest] / times['memory']:.1f}x"
+        return f"{times[slowest]:.2f} {slowest}{ratio}"
+
 
 # What the figures come from. None was measured by this project, and NVIDIA's own documents were seen only as other pages quote them.
 # - fp32 and integer, A100 and H100: NVIDIA's A100 and H100 architecture white papers, by way of the peak rates that they give: 19.5 and

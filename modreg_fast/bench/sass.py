@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +39,14 @@ _KINDS = {
     "exchange": "SHFL BAR LDS STS LDSM STSM REDUX WARPSYNC",
     "memory": "LDG STG LDC LDCU ULDC LDL STL",
 }
+KINDS = (*_KINDS, "uniform", "other")
 _KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z0-9_]+)((?:\.\w+)*)", re.MULTILINE)
 
 
 def resources(cubin: bytes) -> Resources:
     """Of the kernel in a cubin that holds one."""
-    text = tool("cuobjdump", "-res-usage", cubin)
+    text = tool("cuobjdump", "-res-usage", cubin=cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     if found is None:
         raise ValueError(f"cuobjdump names no resources: {text[:200]}")
@@ -54,18 +57,35 @@ def resources(cubin: bytes) -> Resources:
 def instructions(cubin: bytes) -> dict[str, int]:
     """Instructions in the code of a cubin, by kind, each counted once wherever it stands: in straight code what a thread executes.
     ``other`` holds branches, synchronisation and what has no kind; instructions of the uniform data path are ``uniform``."""
-    counts = dict.fromkeys([*_KINDS, "uniform", "other"], 0)
-    for name, _ in _LINE.findall(tool("nvdisasm", "-c", cubin)):
-        if name == "NOP":
-            continue
-        kind = _KIND.get(name)
-        if kind is None:
-            kind = "uniform" if name.startswith(("U", "R2UR", "S2UR")) else "other"
-        counts[kind] += 1
+    counts = dict.fromkeys(KINDS, 0)
+    for name, _ in _LINE.findall(tool("nvdisasm", "-c", cubin=cubin)):
+        if name != "NOP":
+            counts[_kind(name)] += 1
     return counts
 
 
-def tool(name: str, option: str, cubin: bytes) -> str:
+def executed(cubin: bytes, entry: str, executions: Mapping[int, int]) -> tuple[dict[str, int], Counter[str]]:
+    """Instructions that the threads of a launch executed, by kind, and by name such as ``MUFU.EX2``: each instruction of the kernel
+    ``entry`` as often as the line of PTX that ptxas made it from, whose ``executions`` the PTX interpreter counted. The cubin comes from
+    ``ptxas -lineinfo``. Right as far as ptxas leaves loops as they are in the PTX, which exponentials and shuffles show. Not counted is
+    what stands behind the last ``EXIT``: shuffles of divergent warps, divisions of extreme numbers."""
+    text = tool("nvdisasm", "-gp", "-c", cubin=cubin)
+    code = text.split(f"\t.section\t.text.{entry},", 1)[1].split("\t.section\t", 1)[0].rpartition("EXIT")[0]
+    counts, names, times = dict.fromkeys(KINDS, 0), Counter[str](), 0
+    for line in code.splitlines():
+        if source := re.search(r'File "\.nv_debug_ptx_txt", line (\d+)', line):
+            times = executions.get(int(source[1]), 0)
+        elif (found := _LINE.match(line)) and found[1] != "NOP":
+            counts[_kind(found[1])] += times
+            names[found[1] + found[2]] += times
+    return counts, names
+
+
+def _kind(name: str) -> str:
+    return _KIND.get(name) or ("uniform" if name.startswith(("U", "R2UR", "S2UR")) else "other")
+
+
+def tool(name: str, *options: str, cubin: bytes) -> str:
     """What the program of that name prints of a cubin."""
     path = shutil.which(name)
     if path is None:
@@ -77,4 +97,4 @@ def tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout

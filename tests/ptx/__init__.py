@@ -57,10 +57,11 @@ from .errors import (
     WarpError,
 )
 from .launch import Report, run
-from .memory import Buffer, Memory, Traffic
+from .memory import WINDOW_BITS, Buffer, Memory, Traffic
 
 __all__ = [
     "NVCC",
+    "WINDOW_BITS",
     "BarrierError",
     "Buffer",
     "GlobalConflict",

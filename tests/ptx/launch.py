@@ -22,12 +22,16 @@ class Report:
     loads_of: dict[Buffer, Traffic]
     stores_to: dict[Buffer, Traffic]
     atomics: int  # operations on global and shared memory, not part of the traffic
-    instructions: int  # over all threads
+    executions: dict[int, int]  # of the instructions on each line of the PTX, over all threads
 
     @property
     def loads(self) -> Traffic:
         """Of all buffers; constants are not counted."""
         return sum((t for b, t in self.loads_of.items() if not b.constant), Traffic())
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.executions.values())
 
     @property
     def stores(self) -> Traffic:
@@ -65,7 +69,10 @@ def run(
     machine = Machine(program, grid, block, _parameters(function.parameters, args), memory, replicated)
     with np.errstate(all="ignore"):
         machine.run(max_steps)
-    return Report(dict(memory.loads), dict(memory.stores), machine.atomics, machine.instructions)
+    executions: dict[int, int] = {}
+    for instruction, count in zip(program.code, machine.executions.tolist(), strict=True):
+        executions[instruction.line] = executions.get(instruction.line, 0) + count
+    return Report(dict(memory.loads), dict(memory.stores), machine.atomics, executions)
 
 
 def _three(sizes, name: str) -> tuple[int, int, int]:

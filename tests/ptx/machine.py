@@ -37,7 +37,8 @@ class Machine:
         )
         self.grid, self.block_shape = grid, block
         self.threads = int(np.prod(block))
-        self.instructions = self.atomics = 0
+        self.atomics = 0
+        self.executions = np.zeros(len(self.code), np.int64)  # of each instruction, over all threads
         self.special: dict[str, np.ndarray] = {}
         self.outputs: dict[int, list[Variable]] = {}  # of the call at a program counter
         self.reductions: dict = {}  # of the barrier at a program counter
@@ -198,7 +199,7 @@ class Machine:
         while True:
             instruction = self.code[pc]
             self.steps += 1
-            self.instructions += lanes.size
+            self.executions[pc] += lanes.size
             try:
                 if self.steps > self.max_steps:
                     raise Trapped(f"not finished after {self.max_steps} steps", int(lanes[0]))

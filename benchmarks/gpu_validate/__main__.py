@@ -1,0 +1,45 @@
+"""The command. Exit codes: 0 all steps that could run passed, 1 one failed or crashed, 2 there is no GPU and no ``--dry-run``."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_validate import page
+from benchmarks.gpu_validate.runner import passed, run
+from benchmarks.gpu_validate.steps import plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu_validate", description="Checks and times both GPU backends on this machine."
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the same steps without a GPU, in interpreters; no figure means anything"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("gpu_validate_output"),
+        metavar="DIR",
+        help="folder for the report (default %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if not options.dry_run and (torch.version.cuda is None or torch.cuda.device_count() == 0):
+        print(
+            f"gpu_validate: torch {torch.__version__} finds no NVIDIA GPU here; --dry-run goes through the same steps on the CPU",
+            file=sys.stderr,
+        )
+        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = run(plan(options.dry_run, Path(scratch)))
+    page.write(outcomes, options.output, options.dry_run)
+    print(f"\nreport: {options.output / 'report.html'}, {options.output / 'report.json'}")
+    return 0 if passed(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Calls of both ops, forward and backward, on tensors that stay where they are: what the steps run, and, as a command, what
+``compute-sanitizer`` and ``ncu`` watch.
+
+    python -m benchmarks.gpu_validate.work BACKEND [--dry-run] [--op OP]"""
+
+import argparse
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from modreg_fast import functional, ops
+
+OPS = ("softmax_fisher", "gradient_statistics")
+
+
+@dataclass
+class Work:
+    """``inputs``: features ``(B, C, P)``; gradient and feature of one tensor. ``seed``: of the noise, on the device, as a graph needs it;
+    None for neither noise nor mask."""
+
+    op: str
+    backend: str
+    inputs: list[Tensor]
+    values: Tensor
+    mask: Tensor
+    seed: Tensor | None
+
+    def __call__(self) -> list[Tensor]:
+        """Results, then gradients."""
+        results = self.forward()
+        return [*(x.detach() for x in results), *torch.autograd.grad(sum(x.sum() for x in results), self.inputs)]
+
+    def forward(self) -> list[Tensor]:
+        masks = [] if self.seed is None else [self.mask]
+        if self.op == "softmax_fisher":
+            noise = [0.0, 0.0] if self.seed is None else [0.5, 0.0]
+            return [ops.softmax_fisher(self.inputs, masks, None, noise, 2, self.seed, False, 1e-8, self.backend)[0]]
+        found = functional.gradient_statistics(
+            self.inputs[:1], self.inputs[1:], [self.values], mask=masks or None, backend=self.backend
+        )
+        return [x for x in (found.fisher, found.attribution) if x is not None]
+
+    def refill(self) -> None:
+        """Other numbers in the same memory."""
+        with torch.no_grad():
+            for x in (*self.inputs, self.values):
+                x.copy_(torch.rand(x.shape).add(0.1))
+            if self.seed is not None:
+                self.mask.copy_(torch.rand(self.mask.shape) > 0.3)
+                self.seed.add_(1)
+
+    def bytes_of(self, mode: str) -> int:
+        """That a pass without mask must move: inputs once, and backward the gradients, without the results."""
+        once = sum(x.numel() * x.element_size() for x in self.inputs)
+        values = self.values.numel() * 4 if self.op == "gradient_statistics" else 0
+        return once + values + (once if mode == "backward" else 0)
+
+
+def work(
+    op: str, backend: str, device: str, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, plain: bool = False
+) -> Work:
+    batch, channels, pixels = shape
+
+    def tensor() -> Tensor:
+        x = torch.randn(batch, channels, pixels).to(device, dtype)
+        return (x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "channels" else x).requires_grad_()
+
+    return Work(
+        op=op,
+        backend=backend,
+        inputs=[tensor() for _ in range(2)],
+        values=torch.rand(batch, pixels).add(0.1).to(device),
+        mask=(torch.rand(batch, pixels) > 0.3).to(device),
+        seed=None if plain else torch.tensor(7, device=device),
+    )
+
+
+def odd_works(backend: str, device: str) -> list[Work]:
+    """Sizes that fill neither tiles nor vectors, in every dtype and layout; on the CPU, where interpreters run them, two of them."""
+    kinds = [
+        ("softmax_fisher", (2, 19, 77), torch.float16, "channels"),
+        ("gradient_statistics", (2, 19, 77), torch.bfloat16, "pixels"),
+        ("softmax_fisher", (2, 19, 77), torch.float32, "pixels"),
+        ("softmax_fisher", (1, 300, 40), torch.bfloat16, "pixels"),
+        ("gradient_statistics", (3, 130, 1001), torch.float64, "channels"),
+        ("gradient_statistics", (2, 64, 4096), torch.float32, "pixels"),
+    ]
+    return [work(op, backend, device, *kind) for op, *kind in (kinds[:2] if device == "cpu" else kinds)]
+
+
+def large(op: str, backend: str, dry_run: bool) -> Work:
+    """Larger than the caches of a GPU, so that every byte comes from memory."""
+    shape, device = ((1, 64, 128), "cpu") if dry_run else ((2, 64, 2**20), "cuda")
+    assert dry_run or prod(shape) > 2**26
+    return work(op, backend, device, shape, torch.float32, "pixels", plain=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("backend")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--op", choices=OPS, help="one large call of this op, without noise and mask")
+    options = parser.parse_args()
+    if options.dry_run:
+        from benchmarks.gpu_validate import interpreted
+
+        interpreted.prepare(options.backend)
+    device = "cpu" if options.dry_run else "cuda"
+    works = [large(options.op, options.backend, options.dry_run)] if options.op else odd_works(options.backend, device)
+    for each in works:
+        assert all(torch.isfinite(x).all() for x in each()), f"{each.op}: not finite"
