@@ -50,7 +50,7 @@ def hard(case, modalities, shape=(2, 19, 12, 16)):
         "both_confident": (0.1 * x + 50 * winner, 0.1 * y + 200 * winner),
         "spread_10": (10 * x, 10 * y),
         "spread_30": (30 * x, 30 * y),
-        "overtaken": (x + 70 * opposed + 60 * later, y - 75 * opposed + 60 * later),  # e^140 before both agree on e^60
+        "overtaken": (x + 50 * opposed + 40 * later, y - 55 * opposed + 40 * later),  # e^100 before both agree on e^40
         "wide": (100 * x, 100 * y),
         "huge": (1e4 * x, 1e4 * y),
         "offset": (x + 1e4, y - 1e4),
