@@ -47,7 +47,7 @@ def generated(seed: int, gap: float = 1.0) -> Data:
     class, fades as ``gap`` goes from 0 to 1. Two classes share their colour and two others their stripes and height, so that
     only both sensors together can know everything. A group is an image."""
     parts = {}
-    for i, (part, count) in enumerate(zip(PARTS, (64, 48, 96), strict=True)):
+    for i, (part, count) in enumerate(zip(PARTS, (64, 40, 64), strict=True)):
         generator = torch.Generator().manual_seed(3 * seed + i)
         parts[part] = Part(*_images(count, gap, generator), torch.arange(count) + 1000 * i)
     return Data(_normalised(parts), classes=6, crop=0, batch=5)

@@ -15,7 +15,8 @@ import torch
 from benchmarks.study.data import DATA, GAPS, Data
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.models import FUSIONS
-from benchmarks.study.train import NOISE, STEPS, measure, train
+from benchmarks.study.train import NOISE, STEPS, inside, missing, noisy, train
+from modreg_fast.missing import MissingModalities
 
 ALONE = "alone: "
 GAP_METHODS = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
@@ -50,14 +51,15 @@ def grid(seeds: int, methods: Sequence[str] = tuple(METHODS)) -> list[Run]:
     for seed in range(seeds):
         for name in DATA:
             runs += [Run(name, FUSIONS[0], ALONE + m, 0.0, seed) for m in load(name, 0).parts["train"].inputs]
-            runs += _trainings(name, FUSIONS, methods, seed)
+            for fusion in FUSIONS:
+                runs += _trainings(name, fusion, [m for m in methods if fusion in METHODS[m].fusions], seed)
         for name in GAPS:
-            runs += _trainings(name, ("concatenation",), [m for m in GAP_METHODS if m in methods], seed)
+            runs += _trainings(name, "concatenation", [m for m in GAP_METHODS if m in methods], seed)
     return runs
 
 
-def _trainings(name: str, fusions: Sequence[str], methods: Sequence[str], seed: int) -> list[Run]:
-    return [Run(name, f, m, weight, seed) for f in fusions for m in methods for weight in METHODS[m].weights]
+def _trainings(name: str, fusion: str, methods: Sequence[str], seed: int) -> list[Run]:
+    return [Run(name, fusion, method, weight, seed) for method in methods for weight in METHODS[method].weights]
 
 
 @lru_cache(maxsize=8)
@@ -72,9 +74,19 @@ def perform(run: Run, steps: int = STEPS) -> dict[str, Any]:
     only = run.method.removeprefix(ALONE) if run.method.startswith(ALONE) else None
     method = Method() if only else METHODS[run.method]
     model = train(data, run.fusion, method, run.weight, run.seed, only, steps)  # type: ignore[arg-type]
-    validation = measure(model, data, "validation")
-    test = measure(model, data, "test")
-    return {**run._asdict(), **{f"validation {name}": validation[name] for name in SCORES}, **test}
+    validation, test = (missing(model, data, part) for part in ("validation", "test"))
+    return {
+        **run._asdict(),
+        **{f"validation {name}": x for name, x in _scores(validation).items()},
+        **_scores(test),
+        **{f"noise {strength:g}": x for strength, x in noisy(model, data, "test").items()},
+        "alone": {subset[0]: x for subset, x in test.scores.items() if len(subset) == 1},
+        **inside(model, data, "test"),
+    }
+
+
+def _scores(result: MissingModalities) -> dict[str, float]:
+    return dict(zip(SCORES, (result.full, result.mean, result.std, result.scores[result.worst]), strict=True))
 
 
 def read(path: Path) -> dict[Run, dict[str, str]]:

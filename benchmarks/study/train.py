@@ -30,7 +30,7 @@ def train(
     torch.manual_seed(seed)
     channels = {m: x.shape[1] for m, x in data.parts["train"].inputs.items()}
     model = Network(channels, data.classes, fusion, data.spatial)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     weigh = mrf.AdaptiveWeight(method.weight(value)) if method.adaptive else None
     quality = mrf.QualityTarget(list(channels), data.classes)
@@ -97,30 +97,37 @@ def metric(data: Data, part: str) -> Callable[[Tensor, Tensor], Tensor]:
     return mean_iou
 
 
-def measure(model: Network, data: Data, part: str) -> dict[str, Any]:
-    """The metric with all modalities, over the subsets, alone, under noise on the first modality; shares and information."""
+def missing(model: Network, data: Data, part: str) -> mrf.MissingModalities:
+    """The metric with every subset of the modalities (of more than five: all, all but one, each)."""
     inputs, target, _ = data.parts[part]
-    score = metric(data, part)
-    missing = mrf.evaluate_missing(model, [(inputs, target)], score, progress=False)
-    result: dict[str, Any] = {"full": missing.full, "mean": missing.mean, "std": missing.std, "worst": missing.scores[missing.worst]}
-    result["alone"] = {subset[0]: x for subset, x in missing.scores.items() if len(subset) == 1}
+    return mrf.evaluate_missing(model, [(inputs, target)], metric(data, part), progress=False)
+
+
+def noisy(model: Network, data: Data, part: str) -> dict[float, float]:
+    """Deviation of the noise on the first modality, the one that joint training leans on -> the metric."""
+    inputs, target, _ = data.parts[part]
     first = next(iter(inputs))
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(inputs[first].shape, generator=generator)
+    noise = torch.randn(inputs[first].shape, generator=torch.Generator().manual_seed(0))
+    score = metric(data, part)
+    with evaluating(model), torch.no_grad():
+        return {s: float(score(model({**inputs, first: inputs[first] + s * noise}), target)) for s in NOISE}
+
+
+def inside(model: Network, data: Data, part: str) -> dict[str, dict[str, float]]:
+    """Per modality its share in the decisions, its information at the features, and at the prediction by the loss."""
+    inputs, target, _ = data.parts[part]
+    mask = target != IGNORE
     with evaluating(model):
-        with torch.no_grad():
-            for strength in NOISE:
-                noisy = {**inputs, first: inputs[first] + strength * noise}
-                result[f"noise {strength:g}"] = float(score(model(noisy), target))
         features = {m: x.detach().requires_grad_() for m, x in model.encode(inputs).items()}
         scores = model.fuse(features)
-        mask = target != IGNORE
         values = F.cross_entropy(scores, target, ignore_index=IGNORE, reduction="none")
-        _, shares = mrf.AttributionLoss()(scores, features, mask=mask, return_details=True)
         balance = mrf.FunctionalEntropyLoss()
-        _, disagreement = balance({m: [x] for m, x in features.items()}, mask=mask, return_details=True)
-        _, information = balance.prediction_term(values, features, mask=mask, return_details=True)
-    result["shares"] = {m: float(x) for m, x in shares.share.items()}
-    result["feature information"] = {m: float(x) for m, x in disagreement.information.items()}
-    result["prediction information"] = {m: float(x) for m, x in information.information.items()}
-    return result
+        _, shares = mrf.AttributionLoss()(scores, features, mask=mask, return_details=True)
+        _, at_features = balance({m: [x] for m, x in features.items()}, mask=mask, return_details=True)
+        _, at_prediction = balance.prediction_term(values, features, mask=mask, return_details=True)
+    found = {
+        "shares": shares.share,
+        "feature information": at_features.information,
+        "prediction information": at_prediction.information,
+    }
+    return {name: {m: float(x) for m, x in values.items()} for name, values in found.items()}
