@@ -1,21 +1,53 @@
-"""``python -m benchmarks.study``: trains what is missing in ``<output>/study/runs.csv``, then writes ``<output>/study.md``."""
+"""Trains what is missing in <output>/study/runs.csv, then writes the page <output>/study.md. A stopped run goes on where it was."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.study import report, runs, watch
-from benchmarks.study.data import DATA
+from benchmarks.study import cost, report, runs
+from benchmarks.study.analyse import Study
+from benchmarks.study.methods import METHODS
+from benchmarks.study.watch import watch
 
-QUICK_METHODS = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
+SEEDS, QUICK_SEEDS = 5, 2
+WATCHED, TIMED = ("generated", "indian pines", "home tasks"), ("indian pines", "digits")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("study_output"), help="folder (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two seeds, few methods, few steps: shows that all works, no more")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds and {len(runs.GAP_METHODS)} methods")
     options = parser.parse_args(arguments)
+    folder = options.output / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+
+    methods = runs.GAP_METHODS if options.quick else tuple(METHODS)
+    wanted = runs.grid(QUICK_SEEDS if options.quick else SEEDS, methods)
+    done = runs.read(folder / "runs.csv")
+    with _progress(console) as progress:
+        task = progress.add_task("trainings", total=len(wanted), completed=sum(run in done for run in wanted))
+        rows = runs.finish(folder / "runs.csv", wanted, options.workers, advance=lambda: progress.advance(task))
+
+    with console.status("one training seen from inside, and the time of a step"):
+        seen = folder / "inside.json"
+        if not seen.exists():
+            watched = {name: watch(name, "predictions") for name in WATCHED}
+            milliseconds = {name: cost.milliseconds(name, methods) for name in TIMED}
+            seen.write_text(json.dumps({"watched": watched, "milliseconds": milliseconds}, indent=1) + "\n")
+        page = report.write(options.output, Study(rows), **json.loads(seen.read_text()))
+    console.print(f"Wrote {page}")
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+if __name__ == "__main__":
+    main()

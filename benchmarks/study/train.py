@@ -13,7 +13,7 @@ from benchmarks.study.methods import Method, Step
 from benchmarks.study.models import Fusion, Network
 from modreg_fast._evaluation import evaluating
 
-STEPS = 150
+STEPS = 120
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.01
 Watch = Callable[[int, Step, Tensor, Tensor], None] | None
 NOISE = (0.5, 1.0, 2.0, 4.0)  # on inputs of deviation 1
