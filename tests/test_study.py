@@ -17,10 +17,11 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from benchmarks.study import runs
 from benchmarks.study.__main__ import main
 from benchmarks.study.analyse import Interval, Study, differences, split
-from benchmarks.study.data import DATA, GAPS, IGNORE, PARTS, Data
+from benchmarks.study.data import DATA, GAPS, PARTS, Data
 from benchmarks.study.methods import METHODS
 from benchmarks.study.runs import COLUMNS, Run
 from benchmarks.study.train import drop_modalities, metric, missing, train
+from modreg_fast.demo.data import IGNORE
 
 ALL = {**DATA, **GAPS}
 

@@ -73,13 +73,12 @@ class Study:
 
     def scores(self, data: str, method: str, measure: str, fusions: Sequence[str], weight: float | None = None) -> list[float]:
         """On test parts, per seed, the mean over the fusions; with the chosen weights, or all with one."""
-        return [
-            fmean(
-                float(self.rows[self.chosen[data, f, method, seed] if weight is None else Run(data, f, method, weight, seed)][measure])
-                for f in fusions
-            )
-            for seed in self.seeds
-        ]
+
+        def score(fusion: str, seed: int) -> float:
+            run = self.chosen[data, fusion, method, seed]
+            return float(self.rows[run if weight is None else run._replace(weight=weight)][measure])
+
+        return [fmean(score(fusion, seed) for fusion in fusions) for seed in self.seeds]
 
     def effect(
         self,
@@ -106,9 +105,7 @@ class Study:
     def ceilings(self, data: str) -> dict[str, Interval]:
         """Modality -> the metric of a network that was trained with it alone."""
         methods = dict.fromkeys(run.method for run in self.rows if run.data == data and run.method.startswith(ALONE))
-        return {
-            method.removeprefix(ALONE): interval(self._ceiling(data, method)) for method in methods
-        }
+        return {method.removeprefix(ALONE): interval(self._ceiling(data, method)) for method in methods}
 
     def _ceiling(self, data: str, method: str) -> list[float]:
         modality, (fusion,) = method.removeprefix(ALONE), self.fusions(data, method)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modreg_fast.demo.data import BLOCK, IGNORE, cut, load_scene, split_blocks
+from modreg_fast.demo.data import BLOCK, cut, load_scene, split_blocks
 
 PARTS = ("train", "validation", "test")
 
@@ -55,7 +55,7 @@ def generated(seed: int, gap: float = 1.0) -> Data:
 
 def _images(count: int, gap: float, generator: torch.Generator, size: int = 16) -> tuple[dict[str, Tensor], Tensor]:
     colours = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8], [0.8, 0.8, 0.2], [0.2, 0.8, 0.8], [0.2, 0.8, 0.8]])
-    waves = torch.tensor([[1.6, 0.0], [0.0, 1.6], [1.1, 1.1], [1.1, -1.1], [0.0, 0.0], [1.6, 0.0]])  # classes 0 and 5 share theirs
+    waves = torch.tensor([[1.6, 0.0], [0.0, 1.6], [1.1, 1.1], [1.1, -1.1], [0.0, 0.0], [1.6, 0.0]])
     heights = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, -1.0])
     where = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).float()
     sites = size * torch.rand(count, 5, 2, 1, 1, generator=generator)  # the labels: cells around five points

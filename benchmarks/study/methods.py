@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import modreg_fast as mrf
-from benchmarks.study.data import IGNORE
 from benchmarks.study.models import FUSIONS, Fusion, Network
+from modreg_fast.demo.data import IGNORE
 from modreg_fast.missing import without
 
 Objective = Literal["inverse", "norm", "log"]
@@ -59,7 +59,9 @@ def feature(step: Step, objective: Objective) -> Tensor:
 
 
 def prediction(step: Step, objective: Objective) -> Tensor:
-    return mrf.FunctionalEntropyLoss(1.0, 1.0, objective).prediction_term(step.values, step.features, mask=step.mask)
+    penalty = mrf.FunctionalEntropyLoss(1.0, 1.0, objective).prediction_term(step.values, step.features, mask=step.mask)
+    assert isinstance(penalty, Tensor)
+    return penalty
 
 
 def both(step: Step, objective: Objective) -> Tensor:
@@ -71,7 +73,9 @@ def perturbed(step: Step) -> Tensor:
     inputs = {m: (x + 0.3 * torch.randn_like(x)).requires_grad_() for m, x in step.inputs.items()}
     values = F.cross_entropy(step.model(inputs), step.scores.detach().softmax(1), reduction="none")
     balance = mrf.FunctionalEntropyLoss(1.0, 1.0, "norm")
-    return balance.prediction_term(values, inputs, mask=step.mask, granularity="sample")
+    penalty = balance.prediction_term(values, inputs, mask=step.mask, granularity="sample")
+    assert isinstance(penalty, Tensor)
+    return penalty
 
 
 def own_predictions(step: Step) -> Tensor:

@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.study.analyse import Study
 from benchmarks.study.data import DATA, GAPS
@@ -18,12 +19,13 @@ from benchmarks.study.watch import PENALTIES
 
 matplotlib.use("Agg")
 
+History = Sequence[Mapping[str, float]]  # of benchmarks.study.watch
 MEASURES = {"full": ("all modalities", "#666666"), "mean": ("mean over subsets", "#0072b2"), "worst": ("worst subset", "#d55e00")}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6a700", "#56b4e9")
 SHOWN = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
 
 
-def save(folder: Path, study: Study, watched: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
     figures = {
         "effects": effects(study),
         "sensitivity": sensitivity(study),
@@ -44,7 +46,8 @@ def effects(study: Study) -> Figure:
         for shift, (measure, (label, colour)) in zip((0.25, 0, -0.25), MEASURES.items(), strict=True):
             found = [study.effect(data, m, measure) for m in methods]
             heights = [len(methods) - i + shift for i in range(len(methods))]
-            ax.errorbar([x.mean for x in found], heights, xerr=[x.half for x in found], fmt="o", ms=3.5, lw=1, color=colour, label=label)
+            means, halves = zip(*found, strict=True)
+            ax.errorbar(means, heights, xerr=halves, fmt="o", ms=3.5, lw=1, color=colour, label=label)
         ax.axvline(0, color="black", lw=0.8)
         ax.set_title(data)
         ax.set_xlabel("points against joint training")
@@ -64,7 +67,8 @@ def sensitivity(study: Study) -> Figure:
         weights = METHODS[method].weights
         for data, colour in zip(DATA, COLOURS, strict=False):
             for measure, style in (("full", "-"), ("worst", "--")):
-                ax.plot(weights, [study.effect(data, method, measure, weight=w).mean for w in weights], style, marker=".", color=colour)
+                values = [study.effect(data, method, measure, weight=w).mean for w in weights]
+                ax.plot(weights, values, style, marker=".", color=colour)
         ax.axhline(0, color="black", lw=0.6)
         ax.set_title(method, fontsize=9)
         if METHODS[method].dropout is not None:
@@ -72,8 +76,8 @@ def sensitivity(study: Study) -> Figure:
         ax.set_yscale("symlog", linthresh=5)
     for ax in list(axes.flat)[len(methods) :]:
         ax.set_axis_off()
-    lines = [plt.Line2D([], [], color=colour) for _, colour in zip(DATA, COLOURS, strict=False)]
-    styles = [plt.Line2D([], [], color="black", ls=style) for style in ("-", "--")]
+    lines = [Line2D([], [], color=colour) for _, colour in zip(DATA, COLOURS, strict=False)]
+    styles = [Line2D([], [], color="black", ls=style) for style in ("-", "--")]
     figure.legend([*lines, *styles], [*DATA, "all modalities", "worst subset"], loc="outside upper center", ncols=6)
     figure.supxlabel("weight (for dropout its probability, for adaptive the ratio of gradient norms)")
     figure.supylabel("points against joint training")
@@ -114,7 +118,7 @@ def gap(study: Study) -> Figure:
     return figure
 
 
-def training(watched: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def training(watched: Mapping[str, History]) -> Figure:
     """Joint training from inside, a row per data set."""
     figure, axes = plt.subplots(len(watched), 4, figsize=(15, 3 * len(watched) + 0.4), layout="constrained", squeeze=False)
     for row, (data, history) in zip(axes, watched.items(), strict=True):

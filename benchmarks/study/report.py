@@ -1,6 +1,6 @@
 """The page and its tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from benchmarks.study.train import STEPS
 
 
 def write(
-    output: Path, study: Study, watched: Mapping[str, Sequence[Mapping[str, float]]], milliseconds: Mapping[str, Mapping[str, float]]
+    output: Path, study: Study, watched: Mapping[str, plots.History], milliseconds: Mapping[str, Mapping[str, float]]
 ) -> Path:
     """``<output>/study.md``, with ``<output>/study/tables.md`` and pictures."""
     folder = output / "study"

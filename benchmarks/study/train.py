@@ -1,17 +1,17 @@
 """One training, and what is measured of its network."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import modreg_fast as mrf
-from benchmarks.study.data import IGNORE, Data, batch_of
+from benchmarks.study.data import Data, batch_of
 from benchmarks.study.methods import Method, Step
 from benchmarks.study.models import Fusion, Network
 from modreg_fast._evaluation import evaluating
+from modreg_fast.demo.data import IGNORE
 
 STEPS = 120
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.01
@@ -21,7 +21,14 @@ LEAST_PIXELS = 10  # of a class in training and in the part, for it to be scored
 
 
 def train(
-    data: Data, fusion: Fusion, method: Method, value: float, seed: int, only: str | None = None, steps: int = STEPS, watch: Watch = None
+    data: Data,
+    fusion: Fusion,
+    method: Method,
+    value: float,
+    seed: int,
+    only: str | None = None,
+    steps: int = STEPS,
+    watch: Watch = None,
 ) -> Network:
     """The network after ``steps``; the last weights count. The same seed gives every method the same start and the same batches.
 

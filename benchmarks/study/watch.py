@@ -1,6 +1,6 @@
 """What happens inside: joint training, and along its way the gradient of every penalty at weight 1 beside that of the task."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,6 @@ def watch(name: str, fusion: Fusion, seed: int = 0, steps: int = STEPS) -> list[
     return rows
 
 
-def _norm(loss: Tensor, parameters: list[Tensor]) -> float:
+def _norm(loss: Tensor, parameters: Sequence[Tensor]) -> float:
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return float(torch.stack([g.norm() for g in grads if g is not None]).norm())
