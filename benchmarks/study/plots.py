@@ -41,7 +41,7 @@ def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
 def effects(study: Study) -> Figure:
     """Per data set and method the difference to joint training with its interval."""
     methods = [m for m in METHODS if m != "joint" and study.fusions(next(iter(DATA)), m)]
-    figure, axes = plt.subplots(1, len(DATA), figsize=(14, 0.33 * len(methods) + 1.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(DATA), figsize=(14, 0.33 * len(methods) + 1.8), sharey=True, layout="constrained")
     for ax, data in zip(axes, DATA, strict=True):
         for shift, (measure, (label, colour)) in zip((0.25, 0, -0.25), MEASURES.items(), strict=True):
             found = [study.effect(data, m, measure) for m in methods]
@@ -53,7 +53,7 @@ def effects(study: Study) -> Figure:
         ax.set_xlabel("points against joint training")
         ax.grid(axis="y", alpha=0.3)
     axes[0].set_yticks([len(methods) - i for i in range(len(methods))], methods)
-    axes[0].legend(loc="upper left", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -71,8 +71,9 @@ def sensitivity(study: Study) -> Figure:
                 ax.plot(weights, values, style, marker=".", color=colour)
         ax.axhline(0, color="black", lw=0.6)
         ax.set_title(method, fontsize=9)
-        if METHODS[method].dropout is not None:
-            ax.set_xscale("log")
+        ax.set_xscale("log")
+        ax.minorticks_off()
+        ax.set_xticks(weights, [f"{w:g}" for w in weights])
         ax.set_yscale("symlog", linthresh=5)
     for ax in list(axes.flat)[len(methods) :]:
         ax.set_axis_off()

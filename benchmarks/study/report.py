@@ -26,7 +26,7 @@ def write(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["points"] = points
+    environment.filters |= {"points": points, "change": change}
     methods = [m for m in METHODS if study.fusions(next(iter(DATA)), m)]
     context: dict[str, Any] = {
         "study": study,
@@ -42,6 +42,7 @@ def write(
         "fmean": fmean,
         "helped": helped,
         "spread": spread,
+        "beside_dropout": [m for m in methods if m.startswith(("dropout +", "each alone"))],
     }
     page = output / "study.md"
     page.write_text(environment.get_template("study.md.j2").render(context))
@@ -53,6 +54,11 @@ def points(x: Interval) -> str:
     """Bold where 0 lies outside of the interval."""
     text = f"{x.mean:+.1f} ± {x.half:.1f}"
     return f"**{text}**" if x.clear else text
+
+
+def change(x: Interval) -> str:
+    """The same without the interval."""
+    return f"**{x.mean:+.1f}**" if x.clear else f"{x.mean:+.1f}"
 
 
 def helped(study: Study, method: str, baseline: str = "joint") -> list[str]:
