@@ -58,7 +58,7 @@ def test_no_pixel_of_a_block_is_near_a_block_of_another_part() -> None:
     from tensorly.datasets import load_indian_pines
 
     width = load_indian_pines()["tensor"].shape[1]
-    for seed in range(5):
+    for seed in range(2):
         shift = torch.randint(16, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
         owner = np.full((width, width), -1)
         for i, part in enumerate(DATA["indian pines"](seed).parts.values()):
@@ -166,13 +166,14 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     script.write_text(STUDY)
     command = [sys.executable, script, path]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < 4:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not path.exists() or path.read_text().count("\n") < 4:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.kill()
     _ended(process.pid)
     kept = path.read_text()
     kept = kept[: kept.rfind("\n") + 1]

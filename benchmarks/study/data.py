@@ -160,7 +160,7 @@ DATA: dict[str, Callable[[int], Data]] = {
     "digits": digits,
     "home tasks": home_tasks,
 }
-GAPS: dict[str, Callable[[int], Data]] = {f"generated, gap {gap:g}": partial(generated, gap=gap) for gap in (0.0, 0.5)}
+GAPS: dict[str, Callable[[int], Data]] = {f"generated, gap {gap:g}": partial(generated, gap=gap) for gap in (0.0,)}
 
 
 def batch_of(data: Data, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:

@@ -143,6 +143,6 @@ METHODS: dict[str, Method] = {
     "dropout + both, log": Method(partial(both, objective="log"), LOG, dropout=DROPOUT, fusions=ENTROPY),
     "dropout + attribution, L1": Method(attribution, SHARE, dropout=DROPOUT, fusions=ATTRIBUTION),
     "each alone": Method(each_alone, (0.3, 1.0, 3.0)),
-    "each alone + dropout": Method(each_alone, (0.2, 0.4), dropout=None),
-    "each alone + attribution, L1": Method(each_alone_and_attribution, (0.3, 1.0, 3.0)),
+    "each alone + dropout": Method(each_alone, (0.2, 0.4), dropout=None, fusions=PAPERS),
+    "each alone + attribution, L1": Method(each_alone_and_attribution, (0.3, 1.0, 3.0), fusions=ATTRIBUTION),
 }
