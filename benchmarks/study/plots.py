@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 History = Sequence[Mapping[str, float]]  # of benchmarks.study.watch
 MEASURES = {"full": ("all modalities", "#666666"), "mean": ("mean over subsets", "#0072b2"), "worst": ("worst subset", "#d55e00")}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6a700", "#56b4e9")
+POINTS = (-30, -10, -3, 0, 3, 10, 30)
 SHOWN = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
 
 
@@ -74,7 +75,9 @@ def sensitivity(study: Study) -> Figure:
         ax.set_xscale("log")
         ax.minorticks_off()
         ax.set_xticks(weights, [f"{w:g}" for w in weights])
-        ax.set_yscale("symlog", linthresh=5)
+        ax.set_yscale("symlog", linthresh=3)
+        ax.set_ylim(-60, 60)
+        ax.set_yticks(POINTS, [f"{x:+g}" for x in POINTS])
     for ax in list(axes.flat)[len(methods) :]:
         ax.set_axis_off()
     lines = [Line2D([], [], color=colour) for _, colour in zip(DATA, COLOURS, strict=False)]
@@ -112,7 +115,7 @@ def gap(study: Study) -> Figure:
             ax.plot(sorted(names), values, marker=".", color=colour, label=method)
     for ax, title in zip(axes, ("worst subset", "both modalities"), strict=True):
         ax.set_title(title)
-        ax.set_xlabel("gap: 0 depth holds an easy cue, 1 only stripes")
+        ax.set_xlabel("gap: depth shows heights (0) to stripes (1)")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("mean IoU on test images, %")
     axes[0].legend(fontsize=8)

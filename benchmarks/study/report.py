@@ -42,6 +42,7 @@ def write(
         "fmean": fmean,
         "helped": helped,
         "spread": spread,
+        "alone_methods": [m for m in ("joint", "dropout", "attribution, L1", "each alone") if m in methods],
         "beside_dropout": [m for m in methods if m.startswith(("dropout +", "each alone"))],
     }
     page = output / "study.md"
