@@ -74,6 +74,8 @@ def indian_pines(seed: int) -> Data:
     unused pixels separate any two blocks. Neighbouring bands say almost the same, so the input of a sensor are its 16 first principal
     components over the training blocks, each of deviation 1. A group is a block."""
     scene = load_scene()
+    if not scene.real:
+        raise ModuleNotFoundError("the study needs the scene in the package tensorly")
     y, x = torch.randint(BLOCK, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
     sensors = {name: image[:, y:, x:] for name, image in scene.sensors.items()}
     scene = replace(scene, sensors=sensors, labels=scene.labels[y:, x:])
