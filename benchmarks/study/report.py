@@ -1,0 +1,78 @@
+"""The page and its tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from benchmarks.study import plots
+from benchmarks.study.analyse import Interval, Study, interval
+from benchmarks.study.data import DATA, PARTS
+from benchmarks.study.methods import METHODS
+from benchmarks.study.models import FUSIONS
+from benchmarks.study.runs import load
+from benchmarks.study.train import STEPS
+
+
+def write(
+    output: Path, study: Study, watched: Mapping[str, plots.History], milliseconds: Mapping[str, Mapping[str, float]]
+) -> Path:
+    """``<output>/study.md``, with ``<output>/study/tables.md`` and pictures."""
+    folder = output / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.save(folder, study, watched)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"points": points, "change": change}
+    methods = [m for m in METHODS if study.fusions(next(iter(DATA)), m)]
+    context: dict[str, Any] = {
+        "study": study,
+        "data": list(DATA),
+        "fusions": FUSIONS,
+        "methods": methods,
+        "grids": METHODS,
+        "sizes": {name: [len(load(name, 0).parts[part].target) for part in PARTS] for name in DATA},
+        "steps": STEPS,
+        "milliseconds": milliseconds,
+        "watched": watched,
+        "interval": interval,
+        "fmean": fmean,
+        "helped": helped,
+        "spread": spread,
+        "alone_methods": [m for m in ("joint", "dropout", "attribution, L1", "each alone") if m in methods],
+        "beside_dropout": [m for m in methods if m.startswith(("dropout +", "each alone"))],
+    }
+    page = output / "study.md"
+    page.write_text(environment.get_template("study.md.j2").render(context))
+    (folder / "tables.md").write_text(environment.get_template("tables.md.j2").render(context))
+    return page
+
+
+def points(x: Interval) -> str:
+    """Bold where 0 lies outside of the interval."""
+    text = f"{x.mean:+.1f} ± {x.half:.1f}"
+    return f"**{text}**" if x.clear else text
+
+
+def change(x: Interval) -> str:
+    """The same without the interval."""
+    return f"**{x.mean:+.1f}**" if x.clear else f"{x.mean:+.1f}"
+
+
+def helped(study: Study, method: str, baseline: str = "joint") -> list[str]:
+    """The data sets where a method raises mean and worst subset, and costs at most a point with all modalities."""
+    return [
+        name
+        for name in DATA
+        if study.effect(name, method, "mean", baseline).mean > 0
+        and study.effect(name, method, "worst", baseline).mean > 0
+        and study.effect(name, method, "full", baseline).mean >= -1
+    ]
+
+
+def spread(study: Study, name: str, method: str) -> float:
+    """Mean over seeds and fusions of the deviation over the subsets."""
+    return fmean(study.scores(name, method, "std", study.fusions(name, method)))
