@@ -161,6 +161,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     script, path = tmp_path / "study.py", tmp_path / "runs.csv"
     script.write_text(STUDY)
