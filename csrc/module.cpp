@@ -90,8 +90,7 @@ const T* data_or_null(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<const T*>(flat_view_of(*x).data) : nullptr;
 }
 
-// Bytes of all inputs of a tile at most. A backward pass reads its tile twice, the second time from L2 or L3; longer rows than that would
-// allow in L1 are worth more than staying there.
+// Bytes of all inputs of a tile at most. A tile is read again from L2 or L3; longer rows are worth more than smaller tiles that stay in L1.
 constexpr int64_t kTileBytes = 1 << 20;
 
 // Cuts tensors (one per tiling, `tensors_per_pixel` of its kind read together) into units; returns the number of units.
@@ -142,12 +141,12 @@ void populate(const Tensors& tensors) {
 
 template <class Problem>
 void run(mrf::Kernel<Problem> kernel, const Problem& problem, int64_t scratch_bytes) {
-  int64_t next_unit = 0;
+  int64_t counter = 0;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), problem.units);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const std::unique_ptr<char[]> memory(new char[scratch_bytes + 64]);
     void* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
-    kernel(problem, &next_unit, aligned);
+    kernel(problem, &counter, aligned);
   });
 }
 
@@ -166,6 +165,7 @@ struct SoftmaxFisherCall {
     problem.scales = int(inputs.size() / sigma.size());
     STD_TORCH_CHECK(problem.modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
     problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, mrf::kMostPixels, !present.has_value(), tilings);
+    problem.neighbours = std::clamp<int64_t>(problem.units / (16 * torch::stable::get_num_threads()), 1, 4);
     problem.draws = int(draws);
     problem.batch = inputs[0].size(0);
     problem.tilings = tilings.data();

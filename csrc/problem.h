@@ -49,6 +49,7 @@ constexpr int kMaxModalities = 64;
 struct SoftmaxFisher {
   int modalities, scales, draws;
   int64_t batch, units;
+  int64_t neighbours;         // units that a thread takes at a time
   const Tiling* tilings;      // [scales]
   const View* features;       // [modalities * scales], modality first
   const View* gradients;      // the same, backward only
@@ -88,7 +89,7 @@ struct GradientStatistics {
 // A kernel runs units until none is left. Every thread calls it at once, with one shared counter that starts at 0 and with scratch
 // memory of its own, aligned to 64 bytes.
 template <class Problem>
-using Kernel = void (*)(const Problem&, int64_t* next_unit, void* scratch);
+using Kernel = void (*)(const Problem&, int64_t* counter, void* scratch);
 
 struct Kernels {
   Kernel<SoftmaxFisher> softmax_fisher_forward, softmax_fisher_backward;
@@ -101,7 +102,7 @@ constexpr int64_t kRowBytes = 32 * 8;
 // Scratch of softmax_fisher: the statistics of every modality, the sums of a strip of pixels, and the rows of a group.
 constexpr int64_t kMostPixels = 512;
 constexpr int64_t kModalityBytes = 10 * kRowBytes;
-constexpr int64_t strip_bytes(int64_t modalities) { return (4 + 6 * modalities) * kMostPixels * sizeof(double); }
+constexpr int64_t strip_bytes(int64_t modalities) { return (4 + 7 * modalities) * kMostPixels * sizeof(double); }
 constexpr int64_t softmax_fisher_scratch(int64_t modalities, int64_t channels) {
   return modalities * kModalityBytes + strip_bytes(modalities) + (4 + 2 * modalities) * channels * kRowBytes;
 }

@@ -51,21 +51,34 @@ struct Constants<double> {
                                       1 / 3628800.0, 1 / 479001600.0, 1 / 87178291200.0, 1 / 20922789888e3, 1 / 6402373705728e3};
 };
 
-// 2^x = 2^floor(x) 2^r with r in [0, 1) and 2^r = 1 + r Q(r); NaN stays NaN, and below the normal numbers comes 0 (or a denormal).
+// 2^(i / 32).
+struct Powers {
+  alignas(64) float of[32] = {};
+  constexpr Powers() {
+    double power = 1;
+    for (float& x : of) x = float(power), power *= 1.02189714865411668;
+  }
+};
+
+// 2^x = 2^floor(x) 2^r with r in [0, 1) and 2^r = 1 + r Q(r); NaN stays NaN, and below the normal numbers comes 0 (or a denormal). AVX-512
+// in float: 2^r = t (1 + s Q(s)) with t from a table of two registers and s in [0, 1/32), which saves two multiply-adds of five.
 template <class T>
 MRF_INLINE V<T> exp2(V<T> x) {
   using K = Constants<T>;
 #if defined(__AVX512F__)
-  V<T> r;
-  if constexpr (sizeof(T) == 4)
-    r = (V<T>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  else
-    r = (V<T>)_mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  const V<T> y = polynomial<T>(r, K::exp2) * r + T(1);
-  if constexpr (sizeof(T) == 4)
+  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  if constexpr (sizeof(T) == 4) {
+    static constexpr Powers powers;
+    const __m512 low = _mm512_load_ps(powers.of), high = _mm512_load_ps(powers.of + 16);
+    const __m512i index = (__m512i)_mm512_add_round_ps((__m512)x, _mm512_set1_ps(0x1.8p18f), down);  // floor(32 x) in the low bits
+    const V<T> t = (V<T>)_mm512_permutex2var_ps(low, index, high), s = (V<T>)_mm512_reduce_ps((__m512)x, 5 << 4 | down);
+    const V<T> y = t * s * (s * 0.242652699351310730f + 0.693123757839202881f) + t;
     return (V<T>)_mm512_scalef_ps((__m512)y, (__m512)x);
-  else
+  } else {
+    const V<T> r = (V<T>)_mm512_reduce_pd((__m512d)x, down);
+    const V<T> y = polynomial<T>(r, K::exp2) * r + T(1);
     return (V<T>)_mm512_scalef_pd((__m512d)y, (__m512d)x);
+  }
 #else
   x = maximum<T>(broadcast(K::lowest), x);
   const V<T> shifted = (x - T(0.5)) + K::round;  // nearest to x - 1/2: the floor, or at a whole x perhaps one less

@@ -212,8 +212,8 @@ void run_unit(const GradientStatistics& problem, const Unit& unit, int64_t index
 }
 
 template <bool Backward>
-void run(const GradientStatistics& problem, int64_t* next_unit, void* scratch) {
-  for (int64_t unit; (unit = __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED)) < problem.units;) {
+void run(const GradientStatistics& problem, int64_t* counter, void* scratch) {
+  for (int64_t unit; (unit = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)) < problem.units;) {
     const Unit here = locate(problem.tilings, problem.tensors, unit);
     if (problem.tilings[here.tiling].dtype == DType::float64)
       run_unit<double, Backward>(problem, here, unit, (double*)scratch);

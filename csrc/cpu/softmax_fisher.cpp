@@ -6,12 +6,13 @@
 //
 //   dI/dX_m = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
 //
-// Memory: forward reads every feature once and writes one number per unit and modality; backward reads every feature once (the second
-// time from L2 or L3) and writes every gradient once, around the caches. Noise is computed, not stored.
+// Memory: forward reads every feature once and writes one number per unit and modality; backward reads every feature once and writes every
+// gradient once, around the caches. What a unit reads again it finds in L2 or L3. Noise is computed, not stored.
 //
-// Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a
-// shared counter and each result has a place of its own, so any number of threads gives the same bits. A unit is computed as a strip
-// (softmax_fisher_strip.h) of at most 512 pixels, whose sums stay in L1; what a strip cannot do, by groups (softmax_fisher_group.h).
+// Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a shared
+// counter and each result has a place of its own, so any number of threads gives the same bits. They take a few neighbours at a time, so
+// that what the processor itself prefetches past the end of a row is of use. A unit is computed as a strip (softmax_fisher_strip.h) of at
+// most 512 pixels; what a strip cannot do, by groups (softmax_fisher_group.h).
 #include "softmax_fisher_strip.h"
 
 namespace mrf {
@@ -31,9 +32,11 @@ inline int active_modalities(const SoftmaxFisher& problem, int64_t sample, int* 
 template <class T, bool Backward>
 class Work {
  public:
-  Work(const SoftmaxFisher& problem, const Unit& unit, char* scratch)
+  // `next`: the unit that comes after, or the same one; it is only prefetched.
+  Work(const SoftmaxFisher& problem, const Unit& unit, const Unit& next, char* scratch)
       : problem_(problem),
         unit_(unit),
+        next_(next),
         tiling_(problem.tilings[unit.tiling]),
         active_(active_modalities(problem, unit.sample, index_)),
         modalities_((Modality<T>*)scratch),
@@ -47,6 +50,8 @@ class Work {
       s.information = {};
       noisy_ = noisy_ || s.sigma > 0;
       in_rows_ = in_rows_ && problem.features[s.tensor].pixel_stride == 1;
+      if (Backward && !tiling_.samples_as_pixels)
+        for (V<T>& lanes : s.weight.lanes) lanes = broadcast(s.repeats * T(problem.weight[s.tensor * problem.batch + unit.sample]));
     }
   }
 
@@ -77,6 +82,7 @@ class Work {
     for (int a = 0; a < active_; ++a) {
       const int tensor = modalities_[a].tensor;
       from.data[a] = at<const Storage>(problem_.features[tensor], unit_), from.stride[a] = problem_.features[tensor].channel_stride;
+      if (next_.tiling == unit_.tiling) from.next[a] = at<const Storage>(problem_.features[tensor], next_) - from.data[a];
       if (!Backward) continue;
       to.data[a] = at<Storage>(problem_.gradients[tensor], unit_), to.stride[a] = problem_.gradients[tensor].channel_stride;
       streams = streams && aligned<T>(to.data[a], to.stride[a]);
@@ -130,13 +136,13 @@ class Work {
     MRF_ISA::scatter<T>(tiling_.dtype, problem_.gradients[tensor], unit_.sample, pixel, tiling_.channels, pixels(pixel), rows);
   }
 
+  // Samples that are computed as pixels have a weight each.
   void set_weights(int64_t pixel) {
-    for (int a = 0; Backward && a < active_; ++a) {
+    for (int a = 0; Backward && tiling_.samples_as_pixels && a < active_; ++a) {
       Modality<T>& s = modalities_[a];
-      const double* weight = problem_.weight + s.tensor * problem_.batch;
-      T lanes[width];
-      for (int i = 0; i < width; ++i)
-        lanes[i] = s.repeats * T(tiling_.samples_as_pixels ? (i < pixels(pixel) ? weight[pixel + i] : 0) : weight[unit_.sample]);
+      const double* weight = problem_.weight + s.tensor * problem_.batch + pixel;
+      T lanes[width] = {};
+      for (int i = 0; i < pixels(pixel); ++i) lanes[i] = s.repeats * T(weight[i]);
       __builtin_memcpy(s.weight.lanes, lanes, sizeof lanes);
     }
   }
@@ -189,7 +195,7 @@ class Work {
   }
 
   const SoftmaxFisher& problem_;
-  const Unit& unit_;
+  const Unit &unit_, &next_;
   const Tiling& tiling_;
   int index_[kMaxModalities];
   const int active_;
@@ -200,13 +206,18 @@ class Work {
 };
 
 template <bool Backward>
-void run(const SoftmaxFisher& problem, int64_t* next_unit, void* scratch) {
-  for (int64_t unit; (unit = __atomic_fetch_add(next_unit, 1, __ATOMIC_RELAXED)) < problem.units;) {
+void run(const SoftmaxFisher& problem, int64_t* counter, void* scratch) {
+  const auto after = [&](int64_t unit) {
+    return (unit + 1) % problem.neighbours ? unit + 1 : problem.neighbours * __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+  };
+  for (int64_t next, unit = after(-1); unit < problem.units; unit = next) {
+    next = after(unit);
     const Unit here = locate(problem.tilings, problem.scales, unit);
+    const Unit there = next < problem.units ? locate(problem.tilings, problem.scales, next) : here;
     if (problem.tilings[here.tiling].dtype == DType::float64)
-      Work<double, Backward>(problem, here, (char*)scratch).run();
+      Work<double, Backward>(problem, here, there, (char*)scratch).run();
     else
-      Work<float, Backward>(problem, here, (char*)scratch).run();
+      Work<float, Backward>(problem, here, there, (char*)scratch).run();
   }
   if constexpr (Backward) finish_streams();
 }

@@ -1,27 +1,24 @@
-// softmax_fisher without noise, over a strip of pixels read as rows (one channel of one modality), each once and from end to end.
+// softmax_fisher without noise, over a strip of pixels read as rows (one channel of one modality), each from end to end.
 //
-// One pass over the rows takes every sum that the information needs. Per pixel and with all exponentials relative to the values at one
-// channel c*, where the mean R of the modalities is largest up to a few powers of two,
+// Per pixel, with every exponential relative to its own maximum over the channels, and R the mean of the modalities,
 //
-//   e_m = exp(x_m - x_m[c*]),  e_R = exp(R - R[c*]),  g = e_m - e_R
-//   S = sum e_R,  Q = sum e_R^2,  G = sum g,  A = sum g^2,  B = sum g e_R,  D = sum e_R (x_m - x_m[c*])
+//   e_m = exp(x_m - max x_m),  e_R = exp(R - max R),  g = e_m - e_R
+//   S = sum e_R,  Q = sum e_R^2,  G = sum g,  A = sum g^2,  B = sum g e_R,  D = sum e_R log e_m
 //
 // With r = sum e_m / S - 1 = G / S, which is as exact as the differences g are, p_m - q = (g - r e_R) / (S + G), and so
 //
 //   N = sum (p_m - q)^2 = (A - 2 r B + r^2 Q) / (S + G)^2        f = log(S + G) - D / S
 //   sum p_m (p_m - q)   = (A + B - r (B + Q)) / (S + G)^2
 //
-// One c* for all modalities keeps g small where they are nearly equal, and exactly 0 at the top channel where they agree confidently, so
-// the differences above cancel little; statistics() finds the pixels where they cancel much, or where e_m overflows, and leaves them to
-// Group. c* is found on the way: where R exceeds R[c*] by more than a factor 2^2 in e_R, c* moves and the sums are rescaled. Two
-// modalities need two exponentials, not three: with h_m = exp((x_m - x_m[c*]) / 2), e_m = h_m^2 and e_R = h_0 h_1.
+// Nearly equal modalities have nearly equal maxima, so g is small with p_m - q, and little cancels; statistics() finds the pixels where much
+// does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2), e_m = h_m^2 and
+// e_R = k h_0 h_1, where k = exp((max x_0 + max x_1) / 2 - max R).
 //
-// Memory: sums() reads each row once, gradients() reads it once more and writes the row of the gradient once, around the caches where the
-// alignment allows. The sums of a strip (5 per modality and 3, a register for each register of pixels) stay in L1.
+// Memory: one pass over the rows finds the maxima, one takes the sums, one writes the gradients, around the caches where the alignment
+// allows. The first reads from memory what was not prefetched; the others read from L2. Prefetched are the rows of the next unit, by the
+// pass over the sums, which has the most arithmetic to hide them behind. What is kept per pixel stays in L1 or L2.
 //
-// Work: pixels are lanes. A step takes 4 channels (2 for the gradients) of every modality for one register (group) of pixels, so that the
-// sums are loaded and stored once for all of them. The rows of the next step are prefetched meanwhile, because the hardware prefetches no
-// further than to the end of a page (past the last row the prefetch is of no use, and of no harm).
+// Work: pixels are lanes. A step takes 8 channels (2 for the gradients) of every modality for one register of pixels.
 #pragma once
 
 #include "softmax_fisher_group.h"
@@ -30,75 +27,77 @@ namespace mrf {
 namespace MRF_ISA {
 namespace {
 
-// Rows of every active modality: channel c of modality a starts at data[a] + c * stride[a].
+// Rows of every active modality: channel c of modality a starts at data[a] + c * stride[a], and in the next unit next[a] further on.
 template <class Storage>
 struct Rows {
   Storage* data[kMaxModalities];
-  int64_t stride[kMaxModalities];
+  int64_t stride[kMaxModalities], next[kMaxModalities] = {};
 };
 
 // Of one register of pixels. Sums first; statistics() turns them into what gradients() needs.
 template <class T>
 struct ReferenceSums {
-  V<T> shift;        // M R[c*]
-  V<T> sum = {};     // S;  then 1 / (S M), or 0 where the reference is detached
-  V<T> square = {};  // Q;  then the part of the bracket of dI/dR that is the same for every channel
-  I<T> valid = {};
+  V<T> shift;   // max R in units;  of two modalities k
+  V<T> sum;     // S
+  V<T> square;  // Q;  then the part of the bracket of dI/dR that is the same for every channel, / (M S)
+  I<T> valid;
 };
 template <class T>
 struct ModalitySums {
-  V<T> shift;          // x_m[c*]
-  V<T> gap = {};       // G;  then r
-  V<T> distance = {};  // D;  then b
-  V<T> square = {};    // A;  then a / (S + G)
-  V<T> cross = {};     // B;  then sum_c p d
-  V<T> inverse = {};   // 1 / (S + G)
+  V<T> shift;     // max x_m in units
+  V<T> gap;       // G;  then r
+  V<T> distance;  // D in units;  then b / (S + G)
+  V<T> square;    // A;  then a / (S + G)^2
+  V<T> cross;     // B;  then a / (S + G) sum_c p d
+  V<T> pull_d;    // a / (S + G) / (M S)
+  V<T> pull_p;    // b / (M S) per unit
 };
 
 template <class T, bool Backward>
 class Strip {
  public:
-  static constexpr int n = kLanes<T>;
-  static constexpr T log2_e = T(1.44269504088896340736), margin = 2 / log2_e;  // of R over R[c*], before c* moves
-
-  // `memory`: softmax_fisher_strip_bytes().
+  // `memory`: strip_bytes().
   Strip(const SoftmaxFisher& problem, int64_t channels, int active, char* memory)
       : problem_(problem), channels_(channels), active_(active), memory_(memory) {}
 
   // Takes the sums of `pixels`, a multiple of a group.
   template <class Storage>
   void sums(const Rows<const Storage>& rows, int64_t pixels) {
-    with_count([&](auto count) { sums<Storage, count()>(rows, pixels); });
+    with_count([&](auto count) {
+      for (int64_t c = 0; c < channels_; c += block) find_maxima<Storage, count()>(rows, c, block_end(c), pixels);
+      for (int64_t c = 0; c < channels_; c += block) add_channels<Storage, count()>(rows, c, block_end(c), pixels);
+    });
   }
 
   // From the sums of the group that starts at `pixel`: n and cross_entropy of every modality, and the coefficients of gradients(). False
   // where a valid pixel is beyond these formulas.
   bool statistics(int64_t pixel, const Valid<T>& valid, Modality<T>* modalities) {
+    const T nats = 1 / (active_ == 2 ? unit<2> : unit<0>);
     bool exact = true;
     for (int v = 0; v < kVectors<T>; ++v) {
       ReferenceSums<T>& r = reference(pixel + v * n);
-      const V<T> share = T(1) / r.sum;
+      const V<T> share = T(1) / r.sum, pull = problem_.detach_reference ? V<T>{} : share / T(active_);
       V<T> offset = {};
-      I<T> fine = ~I<T>{};
+      I<T> fine = r.sum >= T(0.5);  // false for NaN, like the comparisons below; less than 1 where e_R underflows at its maximum
       for (int a = 0; a < active_; ++a) {
         ModalitySums<T>& s = modality(pixel + v * n, a);
         Modality<T>& result = modalities[a];
         const V<T> sum = r.sum + s.gap, inverse = T(1) / sum, excess = s.gap * share, log_sum = log<T>(sum);
         const V<T> n_sum = s.square - excess * (T(2) * s.cross - excess * r.square);
-        fine &= (s.square <= T(32) * n_sum) & (s.square < T(0x1p80)) & (sum < T(0x1p40)) & (r.sum < T(0x1p40));  // false for NaN
+        fine &= (s.square <= T(32) * n_sum) & (r.sum <= T(16) * sum);
         result.n[v] = n_sum * inverse * inverse;
-        result.cross_entropy[v] = log_sum - s.distance * share;
+        result.cross_entropy[v] = log_sum - s.distance * share * nats;
         if constexpr (Backward) {
           const V<T> pd = (s.square + s.cross - excess * (s.cross + r.square)) * inverse * inverse;
           V<T> slope_d, slope_p;
           result.coefficients(v, T(problem_.eps), slope_d, slope_p);
           offset += slope_d * (pd - result.n[v]) + slope_p * (result.cross_entropy[v] - log_sum);
-          s = ModalitySums<T>{s.shift, excess, slope_p, slope_d * inverse, pd, inverse};
+          slope_d *= inverse;
+          s = {s.shift, excess, slope_p * inverse, slope_d * inverse, slope_d * pd, slope_d * pull, slope_p * pull * nats};
         }
       }
       if constexpr (Backward) {
-        r.sum = problem_.detach_reference ? V<T>{} : share / T(active_);
-        r.square = offset;
+        r.square = offset * pull;
         r.valid = valid.lanes[v];
       }
       exact = exact && all_lanes<T>(~valid.lanes[v] | fine);
@@ -109,10 +108,20 @@ class Strip {
   // Writes the gradients of `pixels`, a multiple of a group, after statistics() of them all. `streams`: around the caches, rows aligned.
   template <class Storage>
   void gradients(const Rows<const Storage>& rows, const Rows<Storage>& gradients, int64_t pixels, bool streams) {
-    with_count([&](auto count) { this->gradients<Storage, count()>(rows, gradients, pixels, streams); });
+    with_count([&](auto count) {
+      int64_t c = 0;
+      for (; c + 2 <= channels_; c += 2) this->write_channels<Storage, count(), 2>(rows, gradients, c, pixels, streams);
+      if (c < channels_) this->write_channels<Storage, count(), 1>(rows, gradients, c, pixels, streams);
+    });
   }
 
  private:
+  static constexpr int n = kLanes<T>;
+  static constexpr int64_t block = 8;
+  template <int M> static constexpr int most = M > 0 ? M : kMaxModalities;
+  // Of a logarithm: its exponential is exp2, of two modalities exp2 squared.
+  template <int M> static constexpr T unit = T(1.44269504088896340736) / (M == 2 ? 2 : 1);
+
   // Calls f with the number of modalities as a constant, 0 where it is not a common one.
   template <class F>
   MRF_INLINE void with_count(F f) {
@@ -121,202 +130,149 @@ class Strip {
     if (active_ == 4) return f(std::integral_constant<int, 4>{});
     f(std::integral_constant<int, 0>{});
   }
+  template <int M> MRF_INLINE int count() const { return M > 0 ? M : active_; }
+  int64_t block_end(int64_t channel) const { return channel + block < channels_ ? channel + block : channels_; }
 
+  // A copy of rows that stays in registers.
   template <class Storage, int M>
-  void sums(const Rows<const Storage>& rows, int64_t pixels) {
-    const int64_t whole = channels_ / 4 * 4;
-    if (whole > 0)
-      start(Block<Storage, M, 4>(rows, active_, 0), pixels);
-    else
-      start(Block<Storage, M, 1>(rows, active_, 0), pixels);
-    add_channels<Storage, M, 4>(rows, 0, whole, pixels);
-    if (whole < channels_) add_channels<Storage, M, 1>(rows, whole, channels_, pixels);
-  }
+  struct Cursor {
+    Storage* data[most<M>];
+    int64_t stride[most<M>];
 
+    MRF_INLINE Cursor(const Rows<Storage>& rows, int count, int64_t channel) {
+      for (int a = 0; a < count; ++a) data[a] = rows.data[a] + channel * rows.stride[a], stride[a] = rows.stride[a];
+    }
+    MRF_INLINE Storage* at(int a, int64_t channel, int64_t pixel) const { return data[a] + channel * stride[a] + pixel; }
+  };
+
+  // One channel of every modality of one register of pixels.
   template <class Storage, int M>
-  void gradients(const Rows<const Storage>& rows, const Rows<Storage>& gradients, int64_t pixels, bool streams) {
-    const int64_t whole = channels_ / 2 * 2;
-    write_channels<Storage, M, 2>(rows, gradients, 0, whole, pixels, streams);
-    if (whole < channels_) write_channels<Storage, M, 1>(rows, gradients, whole, channels_, pixels, streams);
-  }
+  struct Values {
+    V<T> x[most<M>], total;
 
-  // K channels of every modality of one register of pixels after the other.
-  template <class Storage, int M, int K>
-  struct Block {
-    static constexpr int most = M > 0 ? M : kMaxModalities;
-    const Storage* x[most];
-    int64_t stride[most];
-    int count;
-
-    Block(const Rows<const Storage>& rows, int active, int64_t channel) : count(M > 0 ? M : active) {
-      for (int a = 0; a < (M > 0 ? M : count); ++a) x[a] = rows.data[a] + channel * rows.stride[a], stride[a] = rows.stride[a];
-    }
-    MRF_INLINE void next() {
-      for (int a = 0; a < (M > 0 ? M : count); ++a) x[a] += n;
-    }
-    MRF_INLINE V<T> load(int a, int k) const { return Convert<T, Storage>::load(x[a] + k * stride[a]); }
-    MRF_INLINE void prefetch_next_rows(int a, int k) const { prefetch(x[a] + (K + k) * stride[a]); }
-    // The sum of the modalities.
-    MRF_INLINE void totals(V<T> (&total)[K]) const {
-      for (int k = 0; k < K; ++k) {
-        total[k] = load(0, k);
-        for (int a = 1; a < (M > 0 ? M : count); ++a) total[k] += load(a, k);
+    MRF_INLINE Values(const Cursor<const Storage, M>& rows, int count, int64_t channel, int64_t pixel) {
+      for (int a = 0; a < count; ++a) {
+        x[a] = Convert<T, Storage>::load(rows.at(a, channel, pixel));
+        total = a == 0 ? x[0] : total + x[a];
       }
     }
   };
 
-  // c* is the channel with the largest R of the block, and the sums are empty.
-  template <class Storage, int M, int K>
-  void start(Block<Storage, M, K> block, int64_t pixels) {
-    for (int64_t i = 0; i < pixels; i += n, block.next()) {
-      V<T> total[K];
-      block.totals(total);
-      V<T> top = total[0];
-      for (int k = 1; k < K; ++k) top = maximum<T>(total[k], top);
-      reference(i) = ReferenceSums<T>{top};
-      for (int a = 0; a < block.count; ++a) {
-        V<T> shift = block.load(a, 0);
-        for (int k = 1; k < K; ++k) shift = select<T>(total[k] == top, block.load(a, k), shift);
-        modality(i, a) = ModalitySums<T>{shift};
+  // log e_m in units, e_m and e_R.
+  template <int M>
+  struct Exponentials {
+    V<T> logarithm[most<M>], e[most<M>], reference;
+
+    template <class Storage>
+    MRF_INLINE Exponentials(const Values<Storage, M>& values, int count, const ModalitySums<T>* sums, V<T> reference_shift) {
+      for (int a = 0; a < count; ++a) {
+        logarithm[a] = fused<T>(values.x[a], broadcast(unit<M>), -sums[a].shift);
+        e[a] = exp2<T>(logarithm[a]);
+      }
+      if (M == 2) {
+        reference = e[0] * reference_shift * e[1];
+        for (int a = 0; a < count; ++a) e[a] = rounded<T>(e[a] * e[a]);  // g is then exactly 0 where the modalities are equal
+      } else {
+        reference = exp2<T>(fused<T>(mean_of<T>(values.total, count), broadcast(unit<M>), -reference_shift));
       }
     }
-  }
+  };
 
-  // e_R of K channels from the sums of their modalities; of two modalities by way of x_m - x_m[c*] and h_m, which it leaves.
-  template <class Storage, int M, int K>
-  static MRF_INLINE void exponentials(const Block<Storage, M, K>& block, const V<T> (&total)[K], const ReferenceSums<T>& r,
-                                      const ModalitySums<T>* sums, V<T> (&shifted)[2][K], V<T> (&h)[2][K], V<T> (&e_r)[K]) {
-    if constexpr (M == 2) {
-      for (int k = 0; k < K; ++k) {
-        for (int a = 0; a < 2; ++a) {
-          shifted[a][k] = block.load(a, k) - sums[a].shift;
-          h[a][k] = exp2<T>(shifted[a][k] * (log2_e / 2));
-        }
-        e_r[k] = h[0][k] * h[1][k];
-      }
-    } else {
-      const V<T> shift = mean_of<T>(r.shift, block.count);
-      for (int k = 0; k < K; ++k) e_r[k] = exp2<T>((mean_of<T>(total[k], block.count) - shift) * log2_e);
-    }
-  }
-
-  // Adds channels to the sums, K at a time.
-  template <class Storage, int M, int K>
-  __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
-    for (int64_t channel = begin; channel < end; channel += K)
-      add_block<Storage, M, K>(Block<Storage, M, K>(rows, active_, channel), pixels);
-  }
-
-  template <class Storage, int M, int K>
-  MRF_INLINE void add_block(Block<Storage, M, K> block, int64_t pixels) {
-    const int count = M > 0 ? M : block.count;
-    for (int64_t i = 0; i < pixels; i += n, block.next()) {
+  // Raises the maxima by channels from `begin` to `end`; after the last, the shifts stand ready and the sums are empty.
+  template <class Storage, int M>
+  __attribute__((noinline)) void find_maxima(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
+    const int count = this->count<M>();
+    const Cursor<const Storage, M> from(rows, count, 0);
+    for (int64_t i = 0; i < pixels; i += n) {
       ReferenceSums<T>& r = reference(i);
       ModalitySums<T>* sums = &modality(i, 0);
-      V<T> total[K], shifted[2][K], h[2][K], e_r[K];
-      block.totals(total);
-      V<T> top = total[0];
-      for (int k = 1; k < K; ++k) top = maximum<T>(total[k], top);
-      if (__builtin_expect(any_greater<T>(top, r.shift + margin * count), false)) move_shift(block, r, sums);
-      exponentials(block, total, r, sums, shifted, h, e_r);
-      for (int k = 0; k < K; ++k) {
-        r.sum += e_r[k];
-        r.square = fused<T>(e_r[k], e_r[k], r.square);
-      }
-      for (int a = 0; a < count; ++a) {
-        ModalitySums<T>& s = sums[a];
-        V<T> gap = s.gap, distance = s.distance, square = s.square, cross = s.cross;
-        for (int k = 0; k < K; ++k) {
-          block.prefetch_next_rows(a, k);
-          const V<T> x = M == 2 ? shifted[a][k] : block.load(a, k) - s.shift;
-          const V<T> g = M == 2 ? h[a][k] * (h[a][k] - h[1 - a][k]) : exp2<T>(x * log2_e) - e_r[k];
-          gap += g;
-          distance = fused<T>(e_r[k], x, distance);
-          square = fused<T>(g, g, square);
-          cross = fused<T>(g, e_r[k], cross);
+      V<T> top[most<M>], top_total = begin == 0 ? broadcast(lowest) : r.shift;
+      for (int a = 0; a < count; ++a) top[a] = begin == 0 ? broadcast(lowest) : sums[a].shift;
+      for (int64_t c = begin; c < end; ++c) {
+        const Values<Storage, M> values(from, count, c, i);
+        top_total = maximum<T>(values.total, top_total);
+        for (int a = 0; a < count; ++a) {
+          prefetch(from.at(a, c + block, i));
+          top[a] = maximum<T>(values.x[a], top[a]);
         }
-        s.gap = gap, s.distance = distance, s.square = square, s.cross = cross;
       }
+      if (end < channels_) {
+        r.shift = top_total;
+        for (int a = 0; a < count; ++a) sums[a].shift = top[a];
+        continue;
+      }
+      V<T> shifts = {};
+      for (int a = 0; a < count; ++a) {
+        sums[a].shift = top[a] * unit<M>;
+        sums[a].gap = sums[a].distance = sums[a].square = sums[a].cross = V<T>{};
+        shifts += sums[a].shift;
+      }
+      r.shift = M == 2 ? exp2<T>(shifts - top_total * unit<M>) : mean_of<T>(top_total, count) * unit<M>;
+      r.sum = r.square = V<T>{};
     }
   }
 
-  // Moves c* of the lanes where R is largest among these K channels and exceeds R[c*] by the margin, and rescales their sums: with the
-  // factors u of e_m and w of e_R, g becomes u g + (u - w) e_R.
-  template <class Storage, int M, int K>
-  __attribute__((noinline)) static void move_shift(const Block<Storage, M, K>& block, ReferenceSums<T>& r, ModalitySums<T>* sums) {
-    const int count = M > 0 ? M : block.count;
-    V<T> total[K], u[Block<Storage, M, K>::most], change[Block<Storage, M, K>::most], w = broadcast(T(1));
-    block.totals(total);
-    V<T> top = total[0];
-    for (int k = 1; k < K; ++k) top = maximum<T>(total[k], top);
-    const I<T> moves = top > r.shift + margin * count;
-    for (int a = 0; a < count; ++a) {
-      V<T> shift = sums[a].shift;
-      for (int k = 0; k < K; ++k) shift = select<T>(moves & (total[k] == top), block.load(a, k), shift);
-      change[a] = sums[a].shift - shift;
-      sums[a].shift = shift;
-      const V<T> root = exp2<T>(change[a] * (log2_e / 2));
-      u[a] = root * root;
-      w *= root;
+  template <class Storage, int M>
+  __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
+    const int count = this->count<M>();
+    const Cursor<const Storage, M> from(rows, count, 0);
+    int64_t next[most<M>];
+    for (int a = 0; a < count; ++a) next[a] = rows.next[a];
+    for (int64_t i = 0; i < pixels; i += n) {
+      ReferenceSums<T> r = reference(i);
+      ModalitySums<T> sums[most<M>];
+      for (int a = 0; a < count; ++a) sums[a] = modality(i, a);
+      for (int64_t c = begin; c < end; ++c) {
+        const Exponentials<M> at_c(Values<Storage, M>(from, count, c, i), count, sums, r.shift);
+        r.sum += at_c.reference;
+        r.square = fused<T>(at_c.reference, at_c.reference, r.square);
+        for (int a = 0; a < count; ++a) {
+          prefetch(from.at(a, c, i + next[a]));
+          const V<T> g = at_c.e[a] - at_c.reference;
+          sums[a].gap += g;
+          sums[a].distance = fused<T>(at_c.reference, at_c.logarithm[a], sums[a].distance);
+          sums[a].square = fused<T>(g, g, sums[a].square);
+          sums[a].cross = fused<T>(g, at_c.reference, sums[a].cross);
+        }
+      }
+      reference(i).sum = r.sum, reference(i).square = r.square;
+      for (int a = 0; a < count; ++a) {
+        ModalitySums<T>& s = modality(i, a);
+        s.gap = sums[a].gap, s.distance = sums[a].distance, s.square = sums[a].square, s.cross = sums[a].cross;
+      }
     }
-    const V<T> shift = select<T>(moves, top, r.shift);
-    if (M != 2) w = exp2<T>((mean_of<T>(r.shift, count) - mean_of<T>(shift, count)) * log2_e);
-    for (int a = 0; a < count; ++a) {
-      ModalitySums<T>& s = sums[a];
-      const V<T> step = u[a] - w;
-      s.distance = w * (s.distance + change[a] * r.sum);
-      s.square = u[a] * u[a] * s.square + step * (T(2) * u[a] * s.cross + step * r.square);
-      s.cross = w * (u[a] * s.cross + step * r.square);
-      s.gap = u[a] * s.gap + step * r.sum;
-    }
-    r.shift = shift;
-    r.sum *= w;
-    r.square *= w * w;
   }
 
   // dI/dX_m + dI/dR / M at K channels of every modality:
   //   a p (d - sum p d) - b d  +  q / M (sum_m b_m log p_m - a_m d_m + constant),   p = e_m / (S + G),  d = (g - r e_R) / (S + G)
   template <class Storage, int M, int K>
-  __attribute__((noinline)) void write_channels(const Rows<const Storage>& rows, const Rows<Storage>& gradients, int64_t begin, int64_t end,
+  __attribute__((noinline)) void write_channels(const Rows<const Storage>& rows, const Rows<Storage>& gradients, int64_t channel,
                                                 int64_t pixels, bool streams) {
-    for (int64_t channel = begin; channel < end; channel += K)
-      write_block<Storage, M, K>(Block<Storage, M, K>(rows, active_, channel), gradients, channel, pixels, streams);
-  }
-
-  template <class Storage, int M, int K>
-  MRF_INLINE void write_block(Block<Storage, M, K> block, const Rows<Storage>& gradients, int64_t channel, int64_t pixels, bool streams) {
-    const int count = M > 0 ? M : block.count;
-    Storage* to[Block<Storage, M, K>::most];
-    V<T> own[Block<Storage, M, K>::most][K];
-    for (int a = 0; a < count; ++a) to[a] = gradients.data[a] + channel * gradients.stride[a];
-    for (int64_t i = 0; i < pixels; i += n, block.next()) {
+    const int count = this->count<M>();
+    const Cursor<const Storage, M> from(rows, count, channel);
+    const Cursor<Storage, M> to(gradients, count, channel);
+    for (int64_t i = 0; i < pixels; i += n) {
       const ReferenceSums<T>& r = reference(i);
       const ModalitySums<T>* sums = &modality(i, 0);
-      V<T> total[K], shifted[2][K], h[2][K], e_r[K], bracket[K];
-      block.totals(total);
-      exponentials(block, total, r, sums, shifted, h, e_r);
-      for (int k = 0; k < K; ++k) bracket[k] = r.square;
-      for (int a = 0; a < count; ++a) {
-        const ModalitySums<T>& s = sums[a];
-        for (int k = 0; k < K; ++k) {
-          const V<T> x = M == 2 ? shifted[a][k] : block.load(a, k) - s.shift;
-          const V<T> e = M == 2 ? h[a][k] * h[a][k] : exp2<T>(x * log2_e);
-          const V<T> g = M == 2 ? h[a][k] * (h[a][k] - h[1 - a][k]) : e - e_r[k];
-          const V<T> numerator = g - s.gap * e_r[k], d = numerator * s.inverse;
-          own[a][k] = s.square * e * (d - s.cross) - s.distance * d;
-          bracket[k] += s.distance * x - s.square * numerator;
+      V<T> result[K][most<M>];
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) {
+        const Exponentials<M> at_c(Values<Storage, M>(from, count, k, i), count, sums, r.shift);
+        V<T> bracket = r.square;
+        for (int a = 0; a < count; ++a) {
+          const ModalitySums<T>& s = sums[a];
+          const V<T> g = at_c.e[a] - at_c.reference, numerator = fused<T>(-s.gap, at_c.reference, g);
+          result[k][a] = fused<T>(at_c.e[a], fused<T>(s.square, numerator, -s.cross), -s.distance * numerator);
+          bracket = fused<T>(s.pull_p, at_c.logarithm[a], fused<T>(-s.pull_d, numerator, bracket));
         }
+        for (int a = 0; a < count; ++a) result[k][a] = select<T>(r.valid, fused<T>(bracket, at_c.reference, result[k][a]), V<T>{});
       }
-      for (int k = 0; k < K; ++k) bracket[k] *= e_r[k] * r.sum;
-      for (int a = 0; a < count; to[a++] += n)
-        for (int k = 0; k < K; ++k) {
-          const V<T> result = select<T>(r.valid, own[a][k] + bracket[k], V<T>{});
-          Storage* row = to[a] + k * gradients.stride[a];
+      for (int k = 0; k < K; ++k)
+        for (int a = 0; a < count; ++a)
           if (streams)
-            stream<T, Storage>(row, result);
+            stream<T, Storage>(to.at(a, k, i), result[k][a]);
           else
-            Convert<T, Storage>::store(row, result);
-        }
+            Convert<T, Storage>::store(to.at(a, k, i), result[k][a]);
     }
   }
 
@@ -326,6 +282,7 @@ class Strip {
   }
   MRF_INLINE int64_t register_bytes() const { return sizeof(ReferenceSums<T>) + active_ * sizeof(ModalitySums<T>); }
 
+  static constexpr T lowest = -T(__builtin_inf());
   const SoftmaxFisher& problem_;
   const int64_t channels_;
   const int active_;

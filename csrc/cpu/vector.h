@@ -66,6 +66,17 @@ MRF_INLINE bool any_greater(V<T> a, V<T> b) {  // not where either is NaN
 #endif
 }
 
+// x as it is, rounded to T: the compiler may not fuse the product that it is with what comes after.
+template <class T>
+MRF_INLINE V<T> rounded(V<T> x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // a * b + c, rounded once where the instruction set can, and everywhere in the same way: the compiler's own choice of what it fuses could
 // differ between two sums that must come out equal.
 template <class T>
@@ -77,13 +88,7 @@ MRF_INLINE V<T> fused(V<T> a, V<T> b, V<T> c) {
   if constexpr (sizeof(T) == 4) return (V<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   else return (V<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
-  V<T> product = a * b;
-#if defined(__x86_64__)
-  asm("" : "+v"(product));
-#elif defined(__aarch64__)
-  asm("" : "+w"(product));
-#endif
-  return product + c;
+  return rounded<T>(a * b) + c;
 #endif
 }
 

@@ -102,6 +102,7 @@ py::tuple softmax_fisher(const std::string& isa, const Array<T>& features, const
   problem.modalities = int(modalities);
   problem.scales = problem.draws = 1;
   problem.batch = problem.units = batch;
+  problem.neighbours = 1;
   problem.tilings = &tiling;
   problem.features = in.data();
   problem.gradients = out.data();
@@ -112,10 +113,10 @@ py::tuple softmax_fisher(const std::string& isa, const Array<T>& features, const
   problem.valid = valid.data();
   std::vector<char> memory(mrf::softmax_fisher_scratch(modalities, channels) + 64);
   void* scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
-  int64_t next = 0;
-  instruction_sets().at(isa)->softmax_fisher_forward(problem, &next, scratch);
-  next = 0;
-  instruction_sets().at(isa)->softmax_fisher_backward(problem, &next, scratch);
+  int64_t counter = 0;
+  instruction_sets().at(isa)->softmax_fisher_forward(problem, &counter, scratch);
+  counter = 0;
+  instruction_sets().at(isa)->softmax_fisher_backward(problem, &counter, scratch);
   return py::make_tuple(partial, gradients);
 }
 
