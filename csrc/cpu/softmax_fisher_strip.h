@@ -10,8 +10,8 @@
 //   N = sum (p_m - q)^2 = (A - 2 r B + r^2 Q) / (S + G)^2        f = log(S + G) - D / S
 //   sum p_m (p_m - q)   = (A + B - r (B + Q)) / (S + G)^2
 //
-// Nearly equal modalities have nearly equal maxima, so g is small with p_m - q, and little cancels; statistics() finds the pixels where much
-// does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2), e_m = h_m^2 and
+// Nearly equal modalities have nearly equal maxima, so g is small where p_m - q is, and little cancels; statistics() finds the pixels where
+// much does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2), e_m = h_m^2 and
 // e_R = k h_0 h_1, where k = exp((max x_0 + max x_1) / 2 - max R).
 //
 // Memory: one pass over the rows finds the maxima, one takes the sums, one writes the gradients, around the caches where the alignment
@@ -37,14 +37,14 @@ struct Rows {
 // Of one register of pixels. Sums first; statistics() turns them into what gradients() needs.
 template <class T>
 struct ReferenceSums {
-  V<T> shift;   // max R in units;  of two modalities k
+  V<T> shift;   // max R;  of two modalities k
   V<T> sum;     // S
   V<T> square;  // Q;  then the part of the bracket of dI/dR that is the same for every channel, / (M S)
   I<T> valid;
 };
 template <class T>
 struct ModalitySums {
-  V<T> shift;     // max x_m in units
+  V<T> shift;     // max x_m
   V<T> gap;       // G;  then r
   V<T> distance;  // D in units;  then b / (S + G)
   V<T> square;    // A;  then a / (S + G)^2
@@ -166,19 +166,19 @@ class Strip {
     template <class Storage>
     MRF_INLINE Exponentials(const Values<Storage, M>& values, int count, const ModalitySums<T>* sums, V<T> reference_shift) {
       for (int a = 0; a < count; ++a) {
-        logarithm[a] = fused<T>(values.x[a], broadcast(unit<M>), -sums[a].shift);
+        logarithm[a] = (values.x[a] - sums[a].shift) * unit<M>;  // exactly 0 at the maximum
         e[a] = exp2<T>(logarithm[a]);
       }
       if (M == 2) {
         reference = e[0] * reference_shift * e[1];
         for (int a = 0; a < count; ++a) e[a] = rounded<T>(e[a] * e[a]);  // g is then exactly 0 where the modalities are equal
       } else {
-        reference = exp2<T>(fused<T>(mean_of<T>(values.total, count), broadcast(unit<M>), -reference_shift));
+        reference = exp2<T>((mean_of<T>(values.total, count) - reference_shift) * unit<M>);
       }
     }
   };
 
-  // Raises the maxima by channels from `begin` to `end`; after the last, the shifts stand ready and the sums are empty.
+  // Raises the maxima by channels from `begin` to `end`; after the last, the sums are empty.
   template <class Storage, int M>
   __attribute__((noinline)) void find_maxima(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
     const int count = this->count<M>();
@@ -201,13 +201,14 @@ class Strip {
         for (int a = 0; a < count; ++a) sums[a].shift = top[a];
         continue;
       }
-      V<T> shifts = {};
       for (int a = 0; a < count; ++a) {
-        sums[a].shift = top[a] * unit<M>;
+        sums[a].shift = top[a];
         sums[a].gap = sums[a].distance = sums[a].square = sums[a].cross = V<T>{};
-        shifts += sums[a].shift;
       }
-      r.shift = M == 2 ? exp2<T>(shifts - top_total * unit<M>) : mean_of<T>(top_total, count) * unit<M>;
+      if constexpr (M == 2)
+        r.shift = exp2<T>((top[0] + top[1] - top_total) * unit<M>);
+      else
+        r.shift = mean_of<T>(top_total, count);
       r.sum = r.square = V<T>{};
     }
   }
