@@ -128,6 +128,22 @@ def test_hard_inputs_no_worse_than_plain_float32(backend, case, modalities):
         helpers.assert_close(ours, exact, max(1e-5, 4 * helpers.relative_error(rough, exact)), floor=RESOLUTION / 1e-5)
 
 
+@pytest.mark.parametrize("peak", [8.0, 14.0])
+def test_one_confident_modality_among_flat_ones(backend, peak):
+    """Over a thousand channels the sums of exponentials are of many small and nearly equal terms beside a large one, and a running sum
+    rounds all of them the same way."""
+    features = [[0.01 * torch.randn(1, 1000, 40)] for _ in range(8)]
+    features[0][0][:, 3] += peak
+    for (x,) in features:
+        x.requires_grad_()
+    information, gradients, upstream = compute(features, backend)
+    rough_information, rough_gradients = plain(features, upstream)
+    values, expected = oracle.softmax_fisher(helpers.wide(features), upstream=helpers.wide(upstream))
+    helpers.assert_close(information, values, max(2e-6, 4 * helpers.relative_error(rough_information, values)))
+    for ours, rough, (exact,) in zip(gradients, rough_gradients, expected, strict=True):
+        helpers.assert_close(ours, exact, max(1e-5, 4 * helpers.relative_error(rough, exact)))
+
+
 @pytest.mark.parametrize("modalities", [2, 3])
 @pytest.mark.parametrize("case", HARD)
 def test_hard_inputs_in_float64(backend, case, modalities):

@@ -50,6 +50,20 @@ struct NoiseBlocks {
   int64_t first, lane_step, channel_step;
 };
 
+// Sums over the channels, 16 at a time and those then: they keep digits that one sum over 1000 channels would lose.
+template <class T>
+struct Sums {
+  Vectors<T> all, part;
+
+  MRF_INLINE void add(int v, V<T> x) { part[v] += x; }
+  MRF_INLINE void end_channel(int64_t done) {
+    if (done % 16 == 0) end();
+  }
+  MRF_INLINE void end() {
+    for (int v = 0; v < kVectors<T>; ++v) all[v] += part[v], part[v] = V<T>{};
+  }
+};
+
 template <class T>
 MRF_INLINE V<T> mean_of(V<T> total, int count) {  // the inverse of a power of two is exact
   return count & (count - 1) ? total / T(count) : total * (T(1) / T(count));
@@ -91,7 +105,8 @@ class Group {
   __attribute__((noinline)) void reference(int active) {
     const T* x = features(0);
     T* e_r = e_reference();
-    Vectors<T> top, sum;
+    Vectors<T> top;
+    Sums<T> sum;
     for (int64_t c = 0; c < channels_; ++c) {
       for (int v = 0; v < kVectors<T>; ++v) {
         const T* row = x + c * width + v * n;
@@ -102,15 +117,17 @@ class Group {
         store<T>(e_r + c * width + v * n, mean);
       }
     }
-    for (int64_t c = 0; c < channels_; ++c)
+    for (int64_t c = 0; c < channels_; ++c, sum.end_channel(c)) {
       for (int v = 0; v < kVectors<T>; ++v) {
         T* row = e_r + c * width + v * n;
         const V<T> e = exp2<T>((load<T>(row) - top[v]) * log2_e);
-        sum[v] += e;
+        sum.add(v, e);
         store<T>(row, e);
       }
-    for (int v = 0; v < kVectors<T>; ++v) inverse_reference_[v] = T(1) / sum[v];
-    sum_reference_ = sum;
+    }
+    sum.end();
+    for (int v = 0; v < kVectors<T>; ++v) inverse_reference_[v] = T(1) / sum.all[v];
+    sum_reference_ = sum.all;
   }
 
   // y = x + sigma * noise in the rows of noisy features, and its maximum.
@@ -151,23 +168,24 @@ class Group {
     const T *y = s.y, *e_r = e_reference();
     T* e_y = rows(1);
     const Vectors<T> top = s.top;
-    Vectors<T> sum, distance;
-    for (int64_t c = 0; c < channels_; ++c) {
+    Sums<T> sum, distance;
+    for (int64_t c = 0; c < channels_; ++c, sum.end_channel(c), distance.end_channel(c)) {
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> shifted = load<T>(y + i) - top[v];
         const V<T> e = exp2<T>(shifted * log2_e);
-        sum[v] += e;
-        distance[v] -= load<T>(e_r + i) * shifted;
+        sum.add(v, e);
+        distance.add(v, -load<T>(e_r + i) * shifted);
         store<T>(e_y + i, e);
       }
     }
     s.e = e_y;
+    sum.end(), distance.end();
     for (int v = 0; v < kVectors<T>; ++v) {
-      s.inverse_sum[v] = T(1) / sum[v];
-      s.ratio[v] = sum[v] / sum_reference_[v];
-      s.log_sum[v] = log<T>(sum[v]);
-      s.cross_entropy[v] = s.log_sum[v] + distance[v] * inverse_reference_[v];
+      s.inverse_sum[v] = T(1) / sum.all[v];
+      s.ratio[v] = sum.all[v] / sum_reference_[v];
+      s.log_sum[v] = log<T>(sum.all[v]);
+      s.cross_entropy[v] = s.log_sum[v] + distance.all[v] * inverse_reference_[v];
     }
   }
 
@@ -175,18 +193,19 @@ class Group {
   __attribute__((noinline)) void moments(Modality<T>& s) {
     const T *e_y = s.e, *e_r = e_reference();
     const Vectors<T> ratio = s.ratio;
-    Vectors<T> n_sum, pd;
-    for (int64_t c = 0; c < channels_; ++c) {
+    Sums<T> n_sum, pd;
+    for (int64_t c = 0; c < channels_; ++c, n_sum.end_channel(c), pd.end_channel(c)) {
       for (int v = 0; v < kVectors<T>; ++v) {
         const int64_t i = c * width + v * n;
         const V<T> e = load<T>(e_y + i), d = e - ratio[v] * load<T>(e_r + i);
-        n_sum[v] += d * d;
-        if constexpr (Backward) pd[v] += e * d;
+        n_sum.add(v, d * d);
+        if constexpr (Backward) pd.add(v, e * d);
       }
     }
+    n_sum.end(), pd.end();
     for (int v = 0; v < kVectors<T>; ++v) {
-      s.n[v] = n_sum[v] * s.inverse_sum[v] * s.inverse_sum[v];
-      s.pd[v] = pd[v] * s.inverse_sum[v] * s.inverse_sum[v];
+      s.n[v] = n_sum.all[v] * s.inverse_sum[v] * s.inverse_sum[v];
+      s.pd[v] = pd.all[v] * s.inverse_sum[v] * s.inverse_sum[v];
     }
   }
 

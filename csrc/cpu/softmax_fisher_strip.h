@@ -213,6 +213,7 @@ class Strip {
     }
   }
 
+  // Adds up the channels from `begin` to `end`, and that to the sums: sums of sums keep digits that one over 1000 channels would lose.
   template <class Storage, int M>
   __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
     const int count = this->count<M>();
@@ -220,27 +221,26 @@ class Strip {
     int64_t next[most<M>];
     for (int a = 0; a < count; ++a) next[a] = rows.next[a];
     for (int64_t i = 0; i < pixels; i += n) {
-      ReferenceSums<T> r = reference(i);
-      ModalitySums<T> sums[most<M>];
-      for (int a = 0; a < count; ++a) sums[a] = modality(i, a);
+      ReferenceSums<T>& r = reference(i);
+      ModalitySums<T>* sums = &modality(i, 0);
+      V<T> sum = {}, square = {}, gap[most<M>], distance[most<M>], squares[most<M>], cross[most<M>];
+      for (int a = 0; a < count; ++a) gap[a] = distance[a] = squares[a] = cross[a] = V<T>{};
       for (int64_t c = begin; c < end; ++c) {
         const Exponentials<M> at_c(Values<Storage, M>(from, count, c, i), count, sums, r.shift);
-        r.sum += at_c.reference;
-        r.square = fused<T>(at_c.reference, at_c.reference, r.square);
+        sum += at_c.reference;
+        square = fused<T>(at_c.reference, at_c.reference, square);
         for (int a = 0; a < count; ++a) {
           prefetch(from.at(a, c, i + next[a]));
           const V<T> g = at_c.e[a] - at_c.reference;
-          sums[a].gap += g;
-          sums[a].distance = fused<T>(at_c.reference, at_c.logarithm[a], sums[a].distance);
-          sums[a].square = fused<T>(g, g, sums[a].square);
-          sums[a].cross = fused<T>(g, at_c.reference, sums[a].cross);
+          gap[a] += g;
+          distance[a] = fused<T>(at_c.reference, at_c.logarithm[a], distance[a]);
+          squares[a] = fused<T>(g, g, squares[a]);
+          cross[a] = fused<T>(g, at_c.reference, cross[a]);
         }
       }
-      reference(i).sum = r.sum, reference(i).square = r.square;
-      for (int a = 0; a < count; ++a) {
-        ModalitySums<T>& s = modality(i, a);
-        s.gap = sums[a].gap, s.distance = sums[a].distance, s.square = sums[a].square, s.cross = sums[a].cross;
-      }
+      r.sum += sum, r.square += square;
+      for (int a = 0; a < count; ++a)
+        sums[a].gap += gap[a], sums[a].distance += distance[a], sums[a].square += squares[a], sums[a].cross += cross[a];
     }
   }
 
