@@ -85,7 +85,7 @@ def select(only: Sequence[str] = (), quick: bool = False) -> list[Case]:
     for op in OPS:
         cases += [_plain(op, SHAPES[name], _BASELINES.get((op, name), ("eager",))) for name in _DEFAULT]
         cases += [_plain(op, SHAPES["square"], (), dtype="bfloat16"), _plain(op, SHAPES["square"], (), layout="channels")]
-    cases += _noise(SHAPES[_NOISE]) + [_plain("softmax_fisher", shape, ()) for shape in SWEEP]
+    cases += _noise(SHAPES[_NOISE]) + [_plain("softmax_fisher", shape, ()) for shape in (SHAPES["wide"], *SWEEP)]
     return [case for case in cases if case.providers]  # without a backend of ours, some have none
 
 

@@ -62,6 +62,7 @@ SHAPES = {
         Shape("tokens", 2, ((8, 1024, 512),), channel_dim=-1),
         *(_segformer(model, image, m) for model in _SEGFORMER_CHANNELS for image in (512, 1024) for m in (2, 4)),
         Shape("square", 2, ((2, 64, 512, 512),)),
+        Shape("wide", 2, ((2, 512, 128, 128),)),
         Shape("deliver", 4, ((1, 25, 1024, 1024),)),  # predictions of 25 classes at full resolution
         *SWEEP,
     )
