@@ -133,7 +133,7 @@ def test_tiles_hold_all_channels_and_read_whole_sectors(dtype, layout, channels,
 def _noise_kernel(seed, words, normals, pixels, first, TENSOR: tl.constexpr, DRAW: tl.constexpr, SHAPE: tl.constexpr):
     sample, p = tl.cast(first, tl.int64), tl.arange(0, SHAPE.block_p)[None, None, :, None]
     found = noise.philox_words(tl.load(seed), sample, p, pixels, TENSOR, DRAW, SHAPE)
-    at = spread(SHAPE.run // 4, SHAPE) * SHAPE.block_p + p
+    at = noise.fours(SHAPE) * SHAPE.block_p + p
     for i in tl.static_range(4):
         tl.store(words + i * (SHAPE.block_c // 4 * SHAPE.block_p) + at, found[i])
     normal = noise.standard_normal(seed, sample, p, pixels, TENSOR, DRAW, SHAPE)
@@ -142,7 +142,10 @@ def _noise_kernel(seed, words, normals, pixels, first, TENSOR: tl.constexpr, DRA
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
-@pytest.mark.parametrize("channels, pixels, sample, held, run", [(1, 3, 0, 4, 4), (19, 33, 1, 8, 4), (8, 50, 2**31, 8, 8)])
+@pytest.mark.parametrize(
+    "channels, pixels, sample, held, run",
+    [(1, 3, 0, 4, 4), (19, 33, 1, 8, 4), (8, 50, 2**31, 8, 8), (9, 5, 2, 2, 2), (6, 3, 0, 1, 1)],
+)
 def test_noise_has_the_bits_of_the_reference(channels, pixels, sample, held, run, seed, wide):
     """The words exactly, for counters past 32 bits too; the normals up to the rounding of log, sine and cosine."""
     block_c, block_p = max(4, launches.power_of_two(channels)), launches.power_of_two(pixels)

@@ -9,14 +9,19 @@ _TURN = tl.constexpr(2.0**-32 * 6.283185307179586)
 
 
 @triton.jit
+def fours(SHAPE: tl.constexpr):
+    """Numbers of the blocks of four channels of a tile, where the threads need them; threads that share a block compute it each."""
+    if SHAPE.run >= 4:
+        return spread(SHAPE.run // 4, SHAPE)
+    else:
+        return tl.arange(0, SHAPE.block_c // 4)[None, None, None, :]
+
+
+@triton.jit
 def philox_words(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
     """Words 0 to 3 of the counter blocks of a tile: a block per four neighbouring channels, which get one word each."""
     blocks: tl.constexpr = (SHAPE.channels + 3) // 4
-    if SHAPE.run >= 4:
-        block = spread(SHAPE.run // 4, SHAPE)
-    else:  # threads that share a block of four compute it each
-        block = tl.arange(0, SHAPE.block_c // 4)[None, None, None, :]
-    g = (sample * blocks + block) * pixels + p
+    g = (sample * blocks + fours(SHAPE)) * pixels + p
     high = (g >> 32).to(tl.uint32)
     zero = high ^ high
     return tl.philox(seed, g.to(tl.uint32), high, zero + tensor, zero + draw)
@@ -51,7 +56,7 @@ def _box_muller(a, b, SHAPE: tl.constexpr):
 
 @triton.jit
 def standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
-    """The noise of a tile of all channels, of which a thread holds fours of neighbours, and of pixels ``p``."""
+    """The noise of a tile of all channels, at least 4, and pixels ``p``; past the last channel unused."""
     w0, w1, w2, w3 = philox_words(tl.load(seed), sample, p, pixels, tensor, draw, SHAPE)
     n0, n1 = _box_muller(w0, w1, SHAPE)
     n2, n3 = _box_muller(w2, w3, SHAPE)
