@@ -121,17 +121,16 @@ def widths(kernel, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
-def test_loads_of_16_bytes(dtype, backward, noisy, channels_last, modalities):
+@pytest.mark.parametrize("backward, noisy, channels_last", [*itertools.product((False, True), repeat=3)])
+def test_loads_of_16_bytes(dtype, backward, noisy, channels_last):
     """softmax_fisher: every load and every store of a tile is as wide as the elements of a thread allow, at most 16 bytes."""
-    options = {"modalities": modalities, "backward": backward, "noisy": noisy, "channels_last": channels_last}
-    launch = softmax_fisher(channels=64, dtype=dtype, **options)
+    launch = softmax_fisher(channels=64, dtype=dtype, backward=backward, noisy=noisy, channels_last=channels_last)
     (shape,) = launch.constants["SHAPES"]
     width = min(16, shape.held * dtype.itemsize)
     kernel = compile_for(launch, GPUTarget("cuda", 90, 32))
     for kind in ("ld", "st") if backward else ("ld",):
         found = widths(kernel, kind).count(8 * width)
-        expected = modalities * shape.held * dtype.itemsize // width
+        expected = 2 * shape.held * dtype.itemsize // width
         assert found == expected if width == 16 else found >= expected  # a seed has 8 bytes, too
 
 
@@ -181,7 +180,7 @@ def test_sass_counts_what_is_there():
     (shape,) = launch.constants["SHAPES"]
     elements = 2 * shape.block_c * shape.block_p // launch.threads
     assert counts["mufu"] >= 1.5 * elements  # an exponential for each element and each pair
-    assert elements <= counts["memory"] < 3 * elements
+    assert elements / 4 <= counts["memory"] < elements  # loads of four
     assert counts["other"] < 0.1 * sum(counts.values())
 
 
