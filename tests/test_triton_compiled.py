@@ -22,6 +22,7 @@ from modreg_fast.bench import sass
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16)
 PIXELS, BATCH = 4096, 2
+CHANNELS = (1, 2, 19, 64, 150, 256, 1000, 1024)  # with and without padding, one warp for a pixel and several
 
 
 @pytest.fixture(autouse=True)
@@ -59,33 +60,26 @@ def gradient_statistics(*, channels, dtype=torch.float32, channels_last=False, m
     return statistics.backward_launches(result, result, of_maps, of_maps, result, g, e, f, masks, 1e-8)[1][-1]
 
 
-def spilled(*, channels, backward, noisy, channels_last, modalities, masked, dtype=torch.float32):
-    """Bytes a thread that may spill, of softmax_fisher: none, but for two corners of the backward pass with masks."""
-    if backward and masked:
-        if noisy and modalities > 2:
-            return 8
-        if not noisy and modalities <= 2 and channels_last and channels == 1024 and dtype == torch.bfloat16:
-            return 16
-    return 0
-
-
-def check_resources(launch, architecture, spilled=0):
+def check_resources(launch, architecture):
     kernel = compile_for(launch, GPUTarget("cuda", architecture, 32))
     found = sass.resources(kernel.asm["cubin"])
     occupancy = found.occupancy(architecture, launch.threads, kernel.metadata.shared)
-    assert found.stack <= spilled and occupancy >= 0.5, (found, occupancy, launch.constants["SHAPES"])
+    assert found.stack == 0 and occupancy >= 0.5, (found, occupancy, launch.constants["SHAPES"])
     return kernel
 
 
-# Every row of fisher._ELEMENTS, in both layouts.
+# The rows of fisher._ELEMENTS, in both layouts.
 ROWS = list(itertools.product((False, True), (False, True), (False, True), (2, 4)))
 
 
 @pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
 def test_no_spills_and_half_of_the_threads(backward, noisy, channels_last, modalities):
-    """Where most registers are needed: with masks, on sm_100."""
-    options = {"backward": backward, "noisy": noisy, "channels_last": channels_last, "modalities": modalities}
-    check_resources(softmax_fisher(channels=64, masked=True, **options), 100, spilled(channels=64, masked=True, **options))
+    """Where most registers are needed: with masks, on sm_100; channels of a power of two, and others that take more than a warp."""
+    for channels in (64, 150):
+        launch = softmax_fisher(
+            channels=channels, modalities=modalities, channels_last=channels_last, noisy=noisy, backward=backward, masked=True
+        )
+        check_resources(launch, 100)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -100,12 +94,12 @@ def test_many_channels_and_gradient_statistics(architecture, backward, channels_
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
-def test_resources_of_everything(architecture, dtype, masked, backward, noisy, channels_last, modalities):
-    for channels in (2, 19, 64, 256, 1024):
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4])
+@pytest.mark.parametrize("backward, noisy, channels_last", [*itertools.product((False, True), repeat=3)])
+def test_resources_of_everything(architecture, dtype, masked, modalities, backward, noisy, channels_last):
+    for channels in CHANNELS:
         options = {"channels": channels, "dtype": dtype, "backward": backward, "noisy": noisy, "masked": masked}
-        options |= {"channels_last": channels_last, "modalities": modalities}
-        check_resources(softmax_fisher(**options), architecture, spilled(**options))
+        check_resources(softmax_fisher(**options, channels_last=channels_last, modalities=modalities), architecture)
 
 
 @pytest.mark.slow
@@ -113,11 +107,11 @@ def test_resources_of_everything(architecture, dtype, masked, backward, noisy, c
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backward, channels_last, maps, masked", [*itertools.product((False, True), repeat=4)])
 def test_resources_of_all_gradient_statistics(architecture, dtype, backward, channels_last, maps, masked):
-    for channels in (2, 19, 64, 1024):
+    for channels in CHANNELS:
         launch = gradient_statistics(
             channels=channels, dtype=dtype, backward=backward, channels_last=channels_last, maps=maps, masked=masked
         )
-        check_resources(launch, architecture, 16 if maps and backward and masked else 0)
+        check_resources(launch, architecture)
 
 
 def widths(kernel, kind):
@@ -126,33 +120,32 @@ def widths(kernel, kind):
     return [int(vector or 1) * int(bits) for vector, bits in found]
 
 
-def wide_loads(launch, architecture=90):
-    return widths(compile_for(launch, GPUTarget("cuda", architecture, 32)), "ld").count(128)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward, noisy, channels_last", [*itertools.product((False, True), repeat=3)])
+def test_loads_of_16_bytes(dtype, backward, noisy, channels_last):
+    """softmax_fisher: every load and every store of a tile is as wide as the elements of a thread allow, at most 16 bytes."""
+    launch = softmax_fisher(channels=64, dtype=dtype, backward=backward, noisy=noisy, channels_last=channels_last)
+    (shape,) = launch.constants["SHAPES"]
+    width = min(16, shape.held * dtype.itemsize)
+    kernel = compile_for(launch, GPUTarget("cuda", 90, 32))
+    for kind in ("ld", "st") if backward else ("ld",):
+        found = widths(kernel, kind).count(8 * width)
+        expected = 2 * shape.held * dtype.itemsize // width
+        assert found == expected if width == 16 else found >= expected  # a seed has 8 bytes, too
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backward", [False, True])
-def test_loads_of_16_bytes(dtype, backward):
-    """All tensor-sized loads of gradient_statistics, and of softmax_fisher where channels lie side by side; not where they begin
-    between multiples of 16 bytes."""
-    size = 16 // dtype.itemsize
-    launch = softmax_fisher(channels=64, dtype=dtype, backward=backward, channels_last=True)
-    (shape,) = launch.constants["SHAPES"]
-    assert wide_loads(launch) == 2 * shape.block_c * shape.block_p // launch.threads // size
-    assert wide_loads(softmax_fisher(channels=63, dtype=dtype, backward=backward, channels_last=True)) == 0
+def test_wide_loads_of_gradient_statistics_and_none_where_rows_are_not_aligned(dtype, backward):
     for channels_last in (False, True):
-        assert wide_loads(gradient_statistics(channels=64, dtype=dtype, backward=backward, channels_last=channels_last)) >= 2
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_where_pixels_lie_side_by_side_the_lanes_of_a_warp_read_neighbours(dtype):
-    """softmax_fisher then gives a thread many channels of one pixel, and the warp one row of 32 pixels."""
-    launch = softmax_fisher(channels=64, dtype=dtype)
-    kernel = compile_for(launch, GPUTarget("cuda", 90, 32))
-    layout = re.search(r"#blocked = #ttg.blocked<\{(.*?)\}>", kernel.asm["ttgir"]).group(1)
-    assert "sizePerThread = [1, 1], threadsPerWarp = [1, 32]" in layout and "order = [1, 0]" in layout
-    (shape,) = launch.constants["SHAPES"]
-    assert widths(kernel, "ld") == [8 * dtype.itemsize] * (2 * shape.block_c * shape.block_p // launch.threads)
+        options = {"dtype": dtype, "backward": backward, "channels_last": channels_last}
+        kernel = compile_for(gradient_statistics(channels=64, **options), GPUTarget("cuda", 90, 32))
+        assert widths(kernel, "ld").count(128) >= 2
+    for launch in (
+        softmax_fisher(channels=63, dtype=dtype, backward=backward, channels_last=True),
+        softmax_fisher(channels=64, dtype=dtype, backward=backward, pixels=PIXELS - 1),
+    ):
+        assert 128 not in widths(compile_for(launch, GPUTarget("cuda", 90, 32)), "ld")
 
 
 def test_amd():
@@ -187,7 +180,7 @@ def test_sass_counts_what_is_there():
     (shape,) = launch.constants["SHAPES"]
     elements = 2 * shape.block_c * shape.block_p // launch.threads
     assert counts["mufu"] >= 1.5 * elements  # an exponential for each element and each pair
-    assert elements <= counts["memory"] < 3 * elements
+    assert elements / 4 <= counts["memory"] < elements  # loads of four
     assert counts["other"] < 0.1 * sum(counts.values())
 
 

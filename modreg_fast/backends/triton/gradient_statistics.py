@@ -45,12 +45,12 @@ def _sums(grads, features, strides, k: tl.constexpr, sample, p, within, SHAPE: t
     squares = tl.full((SHAPE.block_c, SHAPE.block_p), 0.0, dtype)
     products = squares
     for first in range(0, SHAPE.channels, SHAPE.block_c):
-        c = first + tl.arange(0, SHAPE.block_c)
-        inside = (c < SHAPE.channels)[:, None] & within[None, :]
-        gradient = read(grads[k], strides[k][0], sample, c, p, inside, SHAPE)
+        c = (first + tl.arange(0, SHAPE.block_c))[:, None]
+        inside = (c < SHAPE.channels) & within[None, :]
+        gradient = read(grads[k], strides[k][0], sample, c, p[None, :], inside, SHAPE)
         squares += gradient * gradient
         if len(features) > 0:
-            product = gradient * read(features[k], strides[k][1], sample, c, p, inside, SHAPE)
+            product = gradient * read(features[k], strides[k][1], sample, c, p[None, :], inside, SHAPE)
             products += product * product
     return tl.sum(squares, 0), tl.sum(products, 0)
 
@@ -197,30 +197,32 @@ def _backward_kernel(
 
             squares = tl.full((SHAPE.block_c, SHAPE.block_p), 0.0, dtype)
             for first in range(0, SHAPE.channels, SHAPE.block_c):
-                c = first + tl.arange(0, SHAPE.block_c)
-                inside = (c < SHAPE.channels)[:, None] & within[None, :]
-                g = read(grads[k], strides[k][0], sample, c, p, inside, SHAPE)
+                c = (first + tl.arange(0, SHAPE.block_c))[:, None]
+                inside = (c < SHAPE.channels) & within[None, :]
+                g = read(grads[k], strides[k][0], sample, c, p[None, :], inside, SHAPE)
                 to_g = u_f * g
                 squares += g * g
                 if len(features) > 0:
-                    e = read(features[k], strides[k][1], sample, c, p, inside, SHAPE)
+                    e = read(features[k], strides[k][1], sample, c, p[None, :], inside, SHAPE)
                     v_g_e = 2.0 * v[None, :] * g * e
                     to_g += v_g_e * e
                     to_e = tl.where(counting[None, :], v_g_e * g, 0.0)
-                    write(to_e, to_features[k], output_strides[k], sample, c, p, inside, SHAPE)
-                write(tl.where(counting[None, :], to_g, 0.0), to_grads[k], output_strides[k], sample, c, p, inside, SHAPE)
+                    write(to_e, to_features[k], output_strides[k], sample, c, p[None, :], inside, SHAPE)
+                write(
+                    tl.where(counting[None, :], to_g, 0.0), to_grads[k], output_strides[k], sample, c, p[None, :], inside, SHAPE
+                )
             if len(values) > 0:
                 to_f = tl.where(counting, -u * tl.sum(squares, 0) / (f * f), 0.0)
                 tl.store(to_values[k] + at, narrowed(to_f, to_values[k]), mask=within)
         program -= programs
 
 
-def _shape(tensors: list[Tensor], dtype: torch.dtype) -> Shape:
+def _shape(tensors: list[Tensor], dtype: torch.dtype, twice: bool) -> Shape:
     """The step of tensors of one shape and layout: 256 pixels or channels side by side if there are, the rest in the other direction;
-    16 bytes a thread where loads can be that wide."""
+    16 bytes a thread where loads can be that wide, but 4 elements where tensors are read twice, which takes more registers."""
     channels, pixels, last = tensors[0].shape[1], tensors[0].shape[2], launches.channels_last(tensors[0])
     vector = launches.vector(tensors)
-    elements = _THREADS * max(_LEAST_ELEMENTS, vector)
+    elements = _THREADS * (_LEAST_ELEMENTS if twice else max(_LEAST_ELEMENTS, vector))
     if last:
         block_c = min(launches.power_of_two(channels), _ROW)
         block_p = min(launches.power_of_two(pixels), elements // block_c)
@@ -231,12 +233,12 @@ def _shape(tensors: list[Tensor], dtype: torch.dtype) -> Shape:
 
 
 def _prepared(
-    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float
+    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, twice: bool
 ) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
     """Gradient and feature of every tensor as the kernels read them, the shapes, and the arguments that the large kernels share."""
     launches.check_pixels(grads, "gradient_statistics")
     pairs = [launches.in_one_layout([g, *features[k : k + 1]]) for k, g in enumerate(grads)]
-    shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]])) for k, pair in enumerate(pairs)]
+    shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]]), twice) for k, pair in enumerate(pairs)]
     arguments = (
         tuple(pair[0] for pair in pairs),
         tuple(pair[1] for pair in pairs if len(pair) > 1),
@@ -255,7 +257,7 @@ def forward_launches(
 ) -> tuple[tuple[Tensor, Tensor, list[Tensor], list[Tensor]], list[Launch]]:
     """The results of ``forward``, and the launches that fill them."""
     dtype, batch = accumulation_dtype([*grads, *features, *values]), grads[0].shape[0]
-    _, shapes, shared = _prepared(grads, features, values, masks, eps)
+    _, shapes, shared = _prepared(grads, features, values, masks, eps, False)
     pixels = shared[6]
     programs = sum(shape.programs(g) for shape, g in zip(shapes, grads, strict=True))
 
@@ -301,7 +303,7 @@ def backward_launches(
     eps: float,
 ) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor]], list[Launch]]:
     """The results of ``backward``, and the launches that fill them."""
-    pairs, shapes, shared = _prepared(grads, features, values, masks, eps)
+    pairs, shapes, shared = _prepared(grads, features, values, masks, eps, bool(grad_attribution_maps))
     outputs = [[empty_in_layout(x, layout_of(x)) for x in pair] for pair in pairs]
     to_grads, to_features = [pair[0] for pair in outputs], [pair[1] for pair in outputs if len(pair) > 1]
     to_values = [f.new_empty(f.shape) for f in values]

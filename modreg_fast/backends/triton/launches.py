@@ -31,6 +31,8 @@ class Shape:
     wide: bool  # float64 arithmetic
     block_c: int
     block_p: int
+    held: int = 1  # channels of a pixel that a thread holds, in a tile of all of them
+    run: int = 1  # of those, how many are neighbours
 
     def programs(self, x: Tensor) -> int:
         """Tiles of all samples of ``x`` ``(B, C, P)``."""

@@ -6,8 +6,10 @@ present modalities X_m::
 Memory: the forward kernel reads every feature once and writes one number per tile and modality; the backward kernel reads every
 feature once and writes every gradient once. Noise is computed, not stored. A second, small kernel adds up the tiles in order.
 
-Work: a program holds a tile of all channels of a few pixels of all modalities in registers, spread over its threads; sums over
-channels run across the threads. So nothing is read twice, for any number of channels. Sizes: ``configuration``."""
+Work: a program holds a tile of all channels of a few pixels of all modalities in registers; a thread holds some channels of one
+pixel, and the lanes of a warp share a pixel, as far as they can. So nothing is read twice, for any number of channels, and sums over
+channels run within a warp. Threads read 16 bytes: of channels where these lie side by side, else of pixels, which they exchange through
+shared memory (``tiles.gathered``). Sizes: ``_configuration``."""
 
 from dataclasses import replace
 
@@ -23,87 +25,89 @@ from modreg_fast.backends.triton.launches import Launch, Shape
 from modreg_fast.backends.triton.noise import standard_normal
 from modreg_fast.backends.triton.tiles import (
     counting_pixels,
+    gathered,
+    highest,
     inside_rows,
     locate,
     number,
     ordered_sum,
+    over_channels,
+    pointers,
     programs_of,
-    read,
+    spread,
+    widened,
     write,
 )
 
 _MOST_CHANNELS = 2**16
 _LEAST_THREADS = 256
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_FAR_BELOW = tl.constexpr(-(2.0**126))  # in the place of channels past the last: its exponential is 0, its product with 0 as well
 
-# Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 64 registers hold (tests/test_triton_compiled.py).
-# For each of them a thread holds all features, q, and p, d and log p of one draw, in the backward pass gradients instead of features
-# and the pull on q. The more channels of a pixel a thread has, the less goes between threads in sums over channels.
+# Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 64 registers hold without a spill
+# (tests/test_triton_compiled.py). For each of them a thread holds all features, q, and p, d and log p of one draw, in the backward
+# pass gradients instead of features and the pull on q. The more channels of a pixel a thread has, the fewer sums go between threads.
 _ELEMENTS = {
     # (backward, noise)
-    (False, False): (8, 4, 2),
-    (False, True): (4, 2, 1),
-    # Fewer than fit on sm_80 and sm_90 without masks: on sm_100 and with masks twice as many spill.
-    (True, False): (4, 1, 1),
-    (True, True): (2, 1, 1),
+    (False, False): (16, 8, 4),
+    (False, True): (4, 4, 4),
+    (True, False): (8, 4, 2),
+    (True, True): (4, 2, 1),
 }
 
 
 @triton.jit
-def _softmax(x, inside, SHAPE: tl.constexpr):
-    """Over the channels: ``x - max x``, its exponentials, and their sum. 0 past the last channel."""
-    if SHAPE.block_c == SHAPE.channels:
-        shifted = x - tl.max(x, 0)[None, :]
-        e = tl.exp2(shifted * _LOG2_E)  # without the care for subnormal results that exp takes
-    else:
-        shifted = tl.where(inside, x - tl.max(tl.where(inside, x, float("-inf")), 0)[None, :], 0.0)
-        e = tl.where(inside, tl.exp2(shifted * _LOG2_E), 0.0)
-    return shifted, e, tl.sum(e, 0)
+def _softmax(x):
+    """Over the channels: ``x - max x`` and its exponentials."""
+    shifted = x - highest(x)
+    return shifted, tl.exp2(shifted * _LOG2_E)  # without the care for subnormal results that exp takes
 
 
 @triton.jit
 def _held(present, sample, m, MODALITIES: tl.constexpr):
     """Whether the sample has modality ``m``."""
     if present is None:
-        return sample >= 0
+        return tl.full((), True, tl.int1)
     else:
         return tl.load(present + sample * MODALITIES + m) != 0
 
 
 @triton.jit
 def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.constexpr, MODALITIES: tl.constexpr):
-    """A tile of every modality, 0 where it does not count; the reference q; which pixels count; the share of a modality in
-    the reference."""
+    """A tile of every modality, 0 where it is absent; the reference q; which pixels count; the share of a modality in the reference."""
     within = inside_rows(p, pixels, SHAPE)
     counts = counting_pixels(mask, sample, p, within, pixels)
     xs = ()
     number_held = tl.cast(0.0, tl.float64 if SHAPE.wide else tl.float32)
     for m in tl.static_range(MODALITIES):
         has = _held(present, sample, m, MODALITIES)
-        x = read(features[m], strides[m], sample, c, p, (c < SHAPE.channels)[:, None] & within[None, :] & has, SHAPE)
-        if mask is not None:
-            x = tl.where(counts[None, :], x, 0.0)
+        inside = (c < SHAPE.channels) & within & has
+        x = tl.load(pointers(features[m], strides[m], sample, c, p, SHAPE), mask=inside, other=0.0)
+        x = widened(gathered(x, SHAPE), SHAPE)
+        if SHAPE.block_c != SHAPE.channels:
+            x = tl.where(c < SHAPE.channels, x, _FAR_BELOW)
         xs = xs + (x,)  # type: ignore[assignment]
         number_held += has.to(number_held.dtype)
     total = xs[0]  # type: ignore[misc]
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
     share = 1.0 / tl.maximum(number_held, 1.0)
-    shifted, e, e_sum = _softmax(total * share, (c < SHAPE.channels)[:, None], SHAPE)
-    return xs, e * (1.0 / e_sum)[None, :], counts, share
+    shifted, e = _softmax(total * share)
+    return xs, e * (1.0 / over_channels(e)), counts, share
 
 
 @triton.jit
 def _draw(x, q, sigma, seed, sample, c, p, pixels, tensor, draw, eps, NOISY: tl.constexpr, SHAPE: tl.constexpr):
-    """One draw of one modality: p, log p up to a number per pixel, d = p - q, N = sum_c d^2, f + eps."""
+    """One draw of one modality: p, log p up to a number per pixel, d = p - q, N = sum_c d^2, sum_c q log p, f + eps."""
     y = x
     if NOISY:
         y = x + number(sigma, SHAPE) * standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE)
-    shifted, e, e_sum = _softmax(y, (c < SHAPE.channels)[:, None], SHAPE)
-    p_draw = e * (1.0 / e_sum)[None, :]
+    log_p, e = _softmax(y)
+    q_log_p, e_sum = over_channels(q * log_p), over_channels(e)
+    p_draw = e * (1.0 / e_sum)
     d = p_draw - q
-    f = tl.log(e_sum) - tl.sum(q * shifted, 0)  # both terms are at least 0: nothing cancels
-    return p_draw, shifted, d, tl.sum(d * d, 0), f + number(eps, SHAPE)
+    f = tl.log(e_sum) - q_log_p  # both terms are at least 0: nothing cancels
+    return p_draw, log_p, d, over_channels(d * d), q_log_p, f + number(eps, SHAPE)
 
 
 @triton.jit(do_not_specialize=["strides", "pixels", "batch"])
@@ -132,22 +136,23 @@ def _forward_kernel(
         if (program >= 0) & (program < programs):
             SHAPE: tl.constexpr = SHAPES[s]
             sample, p = locate(program, pixels[s], SHAPE)
-            c = tl.arange(0, SHAPE.block_c)
+            p = p[None, None, :, None]
+            c = spread(SHAPE.run, SHAPE)
             mask = None if len(masks) == 0 else masks[s]
             xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES)
             for m in tl.static_range(MODALITIES):
-                information = tl.full((SHAPE.block_p,), 0.0, q.dtype)
+                information = tl.zeros(p.shape, q.dtype)
                 for draw in range(samples if NOISY[m] else 1):
-                    p_draw, log_p, d, n, f = _draw(
+                    p_draw, log_p, d, n, q_log_p, f = _draw(
                         xs[m], q, sigma[m], seed, sample, c, p, pixels[s], m * SCALES + s, draw, eps, NOISY[m], SHAPE
                     )
                     information += n / f
                 if not NOISY[m]:
                     information *= samples  # every draw is the same
-                total = tl.sum(tl.where(counts & _held(present, sample, m, MODALITIES), information, 0.0), 0)
+                total = tl.sum(tl.where(counts & _held(present, sample, m, MODALITIES), information, 0.0))
                 tl.store(partial + m * tl.num_programs(0).to(tl.int64) + tl.program_id(0), total)
             if mask is not None:
-                tl.store(partial_counts + tl.program_id(0), tl.sum(counts.to(tl.int32), 0))
+                tl.store(partial_counts + tl.program_id(0), tl.sum(counts.to(tl.int32)))
         program -= programs
 
 
@@ -174,6 +179,39 @@ def _reduce_kernel(
         total = ordered_sum(partial + m * tl.cast(programs, tl.int64) + start, tiles, BLOCK)
         mean = total / (tl.maximum(count, 1) * samples).to(total.dtype)
         tl.store(information + m * tl.num_programs(0) + tl.program_id(0), mean)
+
+
+@triton.jit
+def _derivatives(
+    x,
+    q,
+    weight,
+    sigma,
+    seed,
+    sample,
+    c,
+    p,
+    pixels,
+    tensor,
+    draw,
+    eps,
+    NOISY: tl.constexpr,
+    DETACH: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Of one draw: dI/dX; the bracket in dI/dR, and its sum_c q."""
+    p_draw, log_p, d, n, q_log_p, f = _draw(x, q, sigma, seed, sample, c, p, pixels, tensor, draw, eps, NOISY, SHAPE)
+    # dI/dX = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
+    # J(q) is blind to a number added to all channels, so log p may lack its last term.
+    inverse = 1.0 / f
+    a = 2.0 * weight * inverse
+    b = weight * n * inverse * inverse
+    p_d = over_channels(p_draw * d)
+    to_x = (a * p_draw - b) * d - (a * p_d) * p_draw
+    if DETACH:
+        return to_x, tl.zeros_like(q), tl.zeros_like(f)
+    else:
+        return to_x, b * log_p - a * d, b * q_log_p - a * (p_d - n)  # sum_c q d = sum_c p d - sum_c d^2
 
 
 @triton.jit(do_not_specialize=["strides", "gradient_strides", "pixels", "batch"])
@@ -205,72 +243,81 @@ def _backward_kernel(
         if (program >= 0) & (program < programs):
             SHAPE: tl.constexpr = SHAPES[s]
             sample, p = locate(program, pixels[s], SHAPE)
-            c = tl.arange(0, SHAPE.block_c)
+            p = p[None, None, :, None]
+            c = spread(SHAPE.run, SHAPE)
             mask = None if len(masks) == 0 else masks[s]
             xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES)
             terms = (tl.maximum(tl.load(valid + s * batch + sample), 1) * samples).to(q.dtype)
-            pull = tl.zeros_like(q)  # sum over modalities and draws of the bracket in dI/dR
-            owns = ()
+            owns, pull, q_pull = (), None, None  # the last two: the bracket in dI/dR over all modalities, and its sum_c q
             for m in tl.static_range(MODALITIES):
                 weight = tl.load(grad + (m * SCALES + s) * batch + sample).to(q.dtype) / terms
                 if not NOISY[m]:
                     weight *= samples  # every draw is the same
                 weight = tl.where(_held(present, sample, m, MODALITIES), weight, 0.0)
-                own = tl.zeros_like(q)
+                own, to_r, q_to_r = tl.zeros_like(q), tl.zeros_like(q), tl.zeros(p.shape, q.dtype)
                 for draw in range(samples if NOISY[m] else 1):
-                    p_draw, log_p, d, n, f = _draw(
-                        xs[m], q, sigma[m], seed, sample, c, p, pixels[s], m * SCALES + s, draw, eps, NOISY[m], SHAPE
+                    more = _derivatives(
+                        xs[m],
+                        q,
+                        weight,
+                        sigma[m],
+                        seed,
+                        sample,
+                        c,
+                        p,
+                        pixels[s],
+                        m * SCALES + s,
+                        draw,
+                        eps,
+                        NOISY[m],
+                        DETACH,
+                        SHAPE,
                     )
-                    # dI/dX = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
-                    # J(q) is blind to a number added to all channels, so log p may lack its last term.
-                    inverse = 1.0 / f
-                    a = tl.where(counts, 2.0 * weight * inverse, 0.0)[None, :]
-                    b = tl.where(counts, weight * n * inverse * inverse, 0.0)[None, :]
-                    own += a * p_draw * (d - tl.sum(p_draw * d, 0)[None, :]) - b * d
-                    if not DETACH:
-                        pull += b * log_p - a * d
+                    if NOISY[m]:
+                        own, to_r, q_to_r = own + more[0], to_r + more[1], q_to_r + more[2]
+                    else:
+                        own, to_r, q_to_r = more
+                pull = to_r if pull is None else pull + to_r
+                q_pull = q_to_r if q_pull is None else q_pull + q_to_r
                 owns = owns + (own,)  # type: ignore[assignment]
-            shared = q * (pull - tl.sum(q * pull, 0)[None, :]) * share
-            inside = (c < SHAPE.channels)[:, None] & inside_rows(p, pixels[s], SHAPE)[None, :]
+                tl.debug_barrier()  # so that no arithmetic of this modality waits, in registers, behind the sums of the next
+            q_share = q * share
+            inside = (c < SHAPE.channels) & inside_rows(p, pixels[s], SHAPE)
             for m in tl.static_range(MODALITIES):
-                write(
-                    tl.where(_held(present, sample, m, MODALITIES), owns[m] + shared, 0.0),
-                    gradients[s][m],
-                    gradient_strides[s],
-                    sample,
-                    c,
-                    p,
-                    inside,
-                    SHAPE,
-                )
+                to_x = owns[m] + q_share * (pull - q_pull)  # type: ignore[operator]
+                if mask is not None or present is not None:
+                    to_x = tl.where(counts & _held(present, sample, m, MODALITIES), to_x, 0.0)
+                write(to_x, gradients[s][m], gradient_strides[s], sample, c, p, inside, SHAPE)
         program -= programs
 
 
 def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) -> tuple[tuple[Shape, ...], int]:
     """The tile of each scale, for its ``M`` features, and the threads of a program, the same for all scales: enough for all channels of
-    one pixel, or for 32 bytes of every channel, which is what memory delivers at least."""
+    one pixel, or for 32 bytes of every channel, which is what memory delivers at least. A thread holds one pixel."""
     modalities = len(features[0])
     size = 0 if modalities <= 2 else 1 if modalities <= 4 else 2
     tiles, threads = [], _LEAST_THREADS
     for xs in features:
-        item, last = xs[0].element_size(), launches.channels_last(xs[0])
-        # Of pixels side by side a thread takes one: with 16 bytes of them it would have few channels of each.
-        vector = launches.vector(xs) if last else 1
-        scattered = last and vector < 4  # many short loads, an address each
+        item, last, channels = xs[0].element_size(), launches.channels_last(xs[0]), xs[0].shape[1]
+        vector, block_c = launches.vector(xs), launches.power_of_two(max(4 if noisy else 1, channels))
         elements = _ELEMENTS[backward, noisy][size]
-        if modalities <= 2 and not noisy:
-            elements = max(elements, vector)  # a load of 16 bytes
-        if scattered or item == 8:
-            elements = max(1, elements // 2)
-        block_c = launches.power_of_two(max(4 if noisy else 1, xs[0].shape[1]))
+        # What takes more registers: sums across warps, channels past the last, exchanged gradients, many loads.
+        across, padded, scattered = block_c > 32 * elements, block_c > channels, last and elements > 2 * vector
+        if backward and not noisy:
+            halvings = (across or padded or not last) + (across and padded) + scattered
+        else:
+            halvings = across + (scattered or (backward and last and padded))
+        elements = max(1, elements >> halvings)
+        elements = held = min(elements, block_c)
         needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements
         threads = min(launches.MOST_THREADS, max(threads, needed))
-        tiles.append((xs, last, vector, elements, block_c))
+        tiles.append((xs, last, vector, elements, block_c, held))
     shapes = []
-    for xs, last, vector, elements, block_c in tiles:
+    for xs, last, vector, elements, block_c, held in tiles:
         channels, pixels, wide = xs[0].shape[1], xs[0].shape[2], xs[0].dtype == torch.float64
         block_p = max(1, min(launches.power_of_two(pixels), threads * elements // block_c))
-        shapes.append(Shape(channels, last, vector, launches.far(xs), wide, block_c, block_p))
+        run = min(held, max(vector, 4 if noisy else 1)) if last else held
+        shapes.append(Shape(channels, last, vector, launches.far(xs), wide, block_c, block_p, held, run))
     return tuple(shapes), threads
 
 

@@ -38,13 +38,14 @@ def counting_pixels(mask, sample, p, within, pixels):
 
 @triton.jit
 def pointers(tensor, strides, sample, c, p, SHAPE: tl.constexpr):
-    """Of the elements of a tile. The strides come in units of ``SHAPE.vector``: so the compiler sees what divides the offsets."""
+    """Of the elements of a tile, channels ``c`` and pixels ``p`` broadcast against each other. The strides come in units of
+    ``SHAPE.vector``: so the compiler sees what divides the offsets."""
     first = tensor + sample * strides[0] * SHAPE.vector
     row = tl.cast(strides[1], tl.int64 if SHAPE.far else tl.int32) * SHAPE.vector
     if SHAPE.channels_last:
-        return first + (c[:, None] + p[None, :] * row)
+        return first + (c + p * row)
     else:
-        return first + (c[:, None] * row + p[None, :])
+        return first + (c * row + p)
 
 
 @triton.jit
@@ -76,6 +77,43 @@ def read(tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
 @triton.jit
 def write(x, tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
     tl.store(pointers(tensor, strides, sample, c, p, SHAPE), narrowed(x, tensor), mask=inside)
+
+
+@triton.jit
+def spread(run: tl.constexpr, SHAPE: tl.constexpr):
+    """Numbers from 0 to all channels, or to all groups of them, in the dimensions of a tile that holds all channels::
+
+        (runs, neighbours in a run, pixels, lanes)        a thread holds the first two of a pixel
+
+    A lane's runs lie ``lanes`` runs apart, so that neighbouring lanes read neighbouring runs."""
+    RUNS: tl.constexpr = SHAPE.held // SHAPE.run
+    LANES: tl.constexpr = SHAPE.block_c // SHAPE.held
+    runs = tl.arange(0, RUNS)[:, None, None, None] * LANES + tl.arange(0, LANES)[None, None, None, :]
+    return runs * run + tl.arange(0, run)[None, :, None, None]
+
+
+@triton.jit
+def over_channels(x):
+    """The sum, per pixel."""
+    return tl.sum(tl.sum(tl.sum(x, 0), 0), 1)[None, None, :, None]
+
+
+@triton.jit
+def highest(x):
+    """The maximum, per pixel."""
+    return tl.max(tl.max(tl.max(x, 0), 0), 1)[None, None, :, None]
+
+
+@triton.jit
+def gathered(x, SHAPE: tl.constexpr):
+    """A tile of all channels as it was loaded, made such that a thread holds channels of one pixel instead of 16 bytes of pixels.
+
+    That is an exchange through shared memory. Triton has no word for it, but a split needs its two parts in one thread."""
+    if SHAPE.channels_last:
+        return x
+    else:
+        one, other = tl.split(tl.broadcast_to(x[:, :, :, :, None], x.shape + (2,)))
+        return one
 
 
 @triton.jit
