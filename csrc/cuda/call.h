@@ -92,7 +92,8 @@ inline int bits_of(int64_t x) {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// Blocks of a launch, at most: beyond, a block takes several tiles one after the other, and the last block has fewer results to add up.
+// Blocks of a launch, at most, about four times as many as an H100 holds at once: beyond, a block takes several tiles one after the other,
+// so that its start pays off and the last block has fewer results to add up.
 constexpr int64_t kMostBlocks = 2048;
 // Shared memory for each thread, at least for a quad: then an A100 holds 1024 threads, half of its limit.
 constexpr int64_t kBytesPerThread = 160;

@@ -15,8 +15,8 @@
 // and e in place; what a pixel has once is read and written by neighbouring threads.
 //
 // Sizes: call.h. A pixel gets as many threads as leave each 160 bytes of shared memory, up to the whole block, so that 1024 threads fit a
-// multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel, or fewer where that
-// does not fit; a single pixel must.
+// multiprocessor of an A100; a tile has as many pixels as fill that memory, and at least a 32-byte sector of every channel, or fewer where
+// that does not fit; a single pixel must.
 #include "launch.h"
 #include "tile.h"
 
@@ -98,11 +98,10 @@ __device__ void forward(const GradientStatistics& call) {
 
   for (int i = place.first_tile; i < place.last_tile; ++i) {
     if (i > place.first_tile) __syncthreads();
-    const int k = recomputed(place.tiling);
-    const Tiling& tiling = call.tilings[k];
     const Tile tile = tile_at(tiling, place.sample, i);
     const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_planes(call.grads + k, call.features + k, planes, tile, g);
+    read_tile<T>(call.grads[k], tile, g, T(0));
+    if (e) read_tile<T>(call.features[k], tile, e, T(0));
 #pragma unroll 1
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x)
       rows.f[p] = call.values[k] && p < tile.count ? read_pixel<T>(call.values[k], row + p) : T(1);

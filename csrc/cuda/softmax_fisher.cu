@@ -14,10 +14,10 @@
 // those of one modality and draw, and the gradients that add up. So each feature is read from shared memory twice, once for R; gradients
 // replace the features there. A softmax takes the exact maximum, and one exponential for each channel.
 //
-// Sizes: call.h. A pixel gets as many threads as its channels need, up to the whole block, and as leave each thread 160 bytes of shared
-// memory: then 1024 threads fit a multiprocessor of an A100. A tile has the pixels of 256 threads, and at least a 32-byte sector of every
-// channel. Where that is too large, a tile has fewer pixels, and the rest of each sector comes from L2 when the next block asks for it; a
-// single pixel must fit.
+// Sizes: call.h. A pixel gets as many threads as its channels need, up to the whole block. A tile has as many pixels as fill 160 bytes of
+// shared memory for each of 256 threads: then 1024 threads fit a multiprocessor of an A100. It has at least a 32-byte sector of every
+// channel, with more threads where that takes more memory. Where it is too large, a tile has fewer pixels, and the rest of each sector comes
+// from L2 when the next block asks for it; a single pixel must fit.
 #include "launch.h"
 #include "philox.h"
 
