@@ -134,7 +134,8 @@ inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t pla
     const Tiling& t = tilings[k];
     tiles += batch * ((t.pixels + t.width - 1) / t.width);
     int32_t threads = std::max(256, t.lanes);
-    while (threads < most_threads(accumulator_bytes) && threads * kBytesPerThread < t.width * t.pitch * planes * accumulator_bytes) threads *= 2;
+    const int64_t bytes = t.width * t.pitch * planes * accumulator_bytes;
+    while (threads < most_threads(accumulator_bytes) && threads * kBytesPerThread < bytes) threads *= 2;
     launch.threads = std::max(launch.threads, std::min(t.width * t.lanes, threads));
   }
   const int64_t warp_rows = launch.threads / 32 * (rows + kTeamRows);
@@ -174,6 +175,7 @@ inline bool noisy(const SoftmaxFisher& call) {
 // `limit`: the shared memory that a block may have on the device.
 inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
   const int64_t planes = call.modalities, reserve = 4096 + 64 * call.modalities * accumulator_bytes;
+  const auto& most_quads = kMostQuads[accumulator_bytes == 8];
   bool fits = true;
   for (int s = 0; s < call.scales; ++s) {
     int64_t least_bytes = 8;
@@ -183,8 +185,8 @@ inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes
       least_bytes = std::min(least_bytes, size_of(x.dtype));
       pixel_lines |= x.pixel_lines;
     }
-    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, kMostQuads[accumulator_bytes == 8][backward][noisy(call)], limit - reserve);
-    fits &= call.tilings[s].channels <= 4 * kMostQuads[accumulator_bytes == 8][true][true] * most_threads(accumulator_bytes);  // also the backward pass
+    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, most_quads[backward][noisy(call)], limit - reserve);
+    fits &= call.tilings[s].channels <= 4 * most_quads[true][true] * most_threads(accumulator_bytes);  // also the backward pass
   }
   Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, most_blocks);
   if (launch.shared_bytes > limit || !fits) launch.shared_bytes = -1;
@@ -203,8 +205,11 @@ inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_
   }
   Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3, most_blocks);
   if (launch.shared_bytes > limit) launch.shared_bytes = -1;
-  for (int k = 0; k < call.tensors; ++k)
-    for (Array* all : {call.grads, call.features, call.to_grads, call.to_features}) plan_copy(all[k], call.tilings[k], launch.threads);
+  for (int k = 0; k < call.tensors; ++k) {
+    for (Array* all : {call.grads, call.features}) plan_copy(all[k], call.tilings[k], launch.threads);
+    if (backward)
+      for (Array* all : {call.to_grads, call.to_features}) plan_copy(all[k], call.tilings[k], launch.threads);
+  }
   return launch;
 }
 
