@@ -124,7 +124,7 @@ def print_roofline() -> None:
     print("\n### Roofline on paper\n\nPer element of the inputs: bytes moved, share of loads of 16 bytes, instructions by the")
     print("pipe that executes them (sm_90).")
     print("Then, per GPU, picoseconds of what takes longest at its full rate, and how many times as long as the memory does.")
-    print("Two modalities of 64 channels.")
+    print("Two modalities of 64 channels, one block that takes four tiles.")
     kinds = ("fp32", "integer", "mufu", "exchange", "memory", "conversion", "other")
     table("op", "dtype", "side by side", "pass", "bytes", "load", *kinds, "all", *(chip.name for chip in CHIPS))
     for dtype, layout, stem, noise, backward in itertools.product(DTYPES, LAYOUTS, STEMS, (False, True), (False, True)):
