@@ -51,17 +51,17 @@ def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[
 
 def run(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool, architecture: int):
     """The kernel's name, the elements of its inputs, and the results of a launch. Two modalities; gradient, feature and values of one
-    tensor. As many pixels as fill a few tiles."""
+    tensor. As many pixels as fill a few tiles, all taken by one block, as in calls of many tiles."""
     rng, memory, pixels = np.random.default_rng(0), ptx.Memory(), 256
     pair = [Tensor(memory, rng.standard_normal((1, channels, pixels)), dtype, layout) for _ in range(2)]
     arch = f"sm_{architecture}"
     if stem == "softmax_fisher":
         weight = np.ones((2, 1, 1)) if backward else None
-        out = cuda_calls.softmax_fisher([[x] for x in pair], sigma=[0.5 * noise] * 2, weight=weight, arch=arch)
+        out = cuda_calls.softmax_fisher([[x] for x in pair], sigma=[0.5 * noise] * 2, weight=weight, arch=arch, most_blocks=1)
     else:
         upstream = (np.ones((1, 1)), np.ones((1, 1)), None, None) if backward else None
         values = [np.ones((1, pixels))]
-        out = cuda_calls.gradient_statistics(pair[:1], pair[1:], values=values, upstream=upstream, arch=arch)
+        out = cuda_calls.gradient_statistics(pair[:1], pair[1:], values=values, upstream=upstream, arch=arch, most_blocks=1)
     return kernel_name(stem, backward, noise), 2 * channels * pixels, out
 
 
@@ -124,7 +124,7 @@ def print_roofline() -> None:
     print("\n### Roofline on paper\n\nPer element of the inputs: bytes moved, share of loads of 16 bytes, instructions by the")
     print("pipe that executes them (sm_90).")
     print("Then, per GPU, picoseconds of what takes longest at its full rate, and how many times as long as the memory does.")
-    print("Two modalities of 64 channels.")
+    print("Two modalities of 64 channels, one block that takes four tiles.")
     kinds = ("fp32", "integer", "mufu", "exchange", "memory", "conversion", "other")
     table("op", "dtype", "side by side", "pass", "bytes", "load", *kinds, "all", *(chip.name for chip in CHIPS))
     for dtype, layout, stem, noise, backward in itertools.product(DTYPES, LAYOUTS, STEMS, (False, True), (False, True)):

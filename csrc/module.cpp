@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,25 +19,16 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "dtype.h"
 
 namespace {
 
 using mrf::DType;
+using mrf::dtype_of;
 using mrf::Tiling;
 using mrf::View;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, "modreg_fast_native: unexpected dtype"); return DType::float32;
-  }
-}
 
 // (B, C, P) with contiguous pixels, or else contiguous channels (of several pixels or several channels; see layout_of in cpu/layout.py).
 View view_of(const Tensor& x) {

@@ -14,7 +14,7 @@ import ptx
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 SHARED_LIMIT = 232448 - 1024  # of a block on an H100
-MOST_BLOCKS = 8192
+MOST_BLOCKS = 2048
 MOST_SCALES, MOST_ARRAYS, MOST_TENSORS = 8, 48, 14
 
 P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
@@ -29,7 +29,7 @@ class Array(ctypes.Structure):
         ("line_stride", I64),
         ("dtype", I32),
         ("pixel_lines", ctypes.c_uint8),
-        ("vector", ctypes.c_uint8),
+        *((name, ctypes.c_uint8) for name in ("vector", "across", "down")),
     ]
 
 
@@ -40,10 +40,7 @@ class Tiling(ctypes.Structure):
         ("mask", P),
         ("first_block", I64),
         ("blocks", I64),
-        ("tiles_per_block", I32),
-        ("width", I32),
-        ("pitch", I32),
-        ("lanes", I32),
+        *((name, I32) for name in ("tiles_per_block", "width", "pitch", "lanes", "lane_bits", "quads")),
     ]
 
 

@@ -157,6 +157,14 @@ def test_narrow_tiles_where_shared_memory_is_short(rng):
     assert cuda_calls.plan("softmax_fisher", wide.call, False, 4, 2 << 10).shared_bytes == -1
 
 
+def test_tiles_narrower_than_a_piece(rng):
+    """Four pixels of 2 bytes: their lines are read element by element."""
+    features = features_of(rng, [(1, 256, 16)], "bfloat16")
+    forward = cuda_calls.softmax_fisher(features, limit=16 << 10)
+    assert forward.call.tilings[0].width < 8 and not forward.call.features[0].vector
+    np.testing.assert_allclose(forward.information.numpy(), cuda_calls.softmax_fisher(features).information.numpy(), rtol=1e-5)
+
+
 def test_agreeing_and_saturated_modalities(rng):
     memory = ptx.Memory()
     x = rng.standard_normal((1, 32, 64))
@@ -347,14 +355,11 @@ def test_other_architectures(rng, arch):
         check_statistics(rng, [((2, 19, 300), dtype, layout)], arch=arch)
 
 
-SPILLED = {("softmax_fisher_forward_noise_float32", 80): 56, ("gradient_statistics_backward_float32", 90): 8}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("stem", "kernels"), [("softmax_fisher", 4), ("gradient_statistics", 2)])
-def test_nothing_else_spills(stem, kernels, architecture):
+def test_nothing_spills(stem, kernels, architecture):
     """Bytes stored and loaded, as ptxas reports them. Tensors of 32 and 16 bits share a kernel."""
     found = {name: taken.stack for name, taken in assembled(stem, architecture)[1].items() if name.endswith("_float32")}
     assert len(found) == kernels
-    assert found == {name: SPILLED.get((name, architecture), 0) for name in found}
+    assert not any(found.values()), found

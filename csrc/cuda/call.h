@@ -20,6 +20,8 @@ struct Array {
   DType dtype;
   uint8_t pixel_lines;
   uint8_t vector;  // plan: every line is whole pieces of 16 aligned bytes
+  // plan: 2^across neighbouring threads share a line, 2^down of those groups go down the lines (tile.h).
+  uint8_t across, down;
 };
 
 // A run of tensors of one shape: a scale of softmax_fisher, a tensor of gradient_statistics.
@@ -31,13 +33,14 @@ struct Tiling {
   int32_t tiles_per_block;   // plan
   int32_t width;             // plan: pixels of a tile, a power of two
   int32_t pitch;             // plan: from pixel to pixel of a tile in shared memory, in elements
-  int32_t lanes;             // plan: threads that share a pixel, a power of two
+  int32_t lanes, lane_bits;  // plan: threads that share a pixel, 2^lane_bits
+  int32_t quads;             // plan: groups of four channels of a pixel that a thread has
 };
 
 constexpr int kMostScales = 8, kMostArrays = 48, kMostTensors = 14;
 constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 1024 : 512; }
-// Groups of four channels of a pixel that a thread of softmax_fisher keeps in registers, at most: [backward][with noise].
-constexpr int kMostQuads[2][2] = {{4, 2}, {2, 1}};
+// Groups of four channels of a pixel that a thread of softmax_fisher keeps in registers, at most: [in float64][backward][with noise].
+constexpr int kMostQuads[2][2][2] = {{{4, 2}, {2, 1}}, {{2, 1}, {1, 1}}};
 
 struct SoftmaxFisher {
   int32_t modalities, scales;          // modalities * scales <= kMostArrays
@@ -80,40 +83,46 @@ struct Launch {
   int32_t threads = 32, shared_bytes = 0;  // shared_bytes -1: a tile does not fit
 };
 
+// The least n with 2^n >= x.
+inline int bits_of(int64_t x) {
+  int bits = 0;
+  while ((int64_t(1) << bits) < x) ++bits;
+  return bits;
+}
+
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// Blocks of a launch, at most: beyond, a block takes several tiles one after the other, and the last block has fewer results to add up.
-constexpr int64_t kMostBlocks = 8192;
+// Blocks of a launch, at most, about four times as many as an H100 holds at once: beyond, a block takes several tiles one after the other,
+// so that its start pays off and the last block has fewer results to add up.
+constexpr int64_t kMostBlocks = 2048;
 // Shared memory for each thread, at least for a quad: then an A100 holds 1024 threads, half of its limit.
 constexpr int64_t kBytesPerThread = 160;
 constexpr int64_t kSectorBytes = 32;
 
-inline bool whole_pieces(const Array& x, const Tiling& t) {
-  const int64_t bytes = size_of(x.dtype), length = x.pixel_lines ? t.pixels : t.channels;
-  return !((reinterpret_cast<uintptr_t>(x.data) | x.sample_stride * bytes | x.line_stride * bytes | length * bytes) & 15);
-}
-
 // Numbers for each warp that a team exchanges (tile.h).
 constexpr int64_t kTeamRows = 4;
 
-// From pixel to pixel: as many quads for each thread, and pixels start in different banks.
-inline int64_t pitch_of(int64_t channels, int64_t lanes) {
-  const int64_t quads = ((channels + 3) / 4 + lanes - 1) / lanes * lanes;
-  return 4 * quads + (quads % 2 ? 0 : 4);
+// Quads of a thread: every thread has as many; pitch: and pixels start in different banks.
+inline void set_lanes(Tiling& t, int64_t lanes) {
+  t.lanes = int32_t(lanes);
+  t.quads = int32_t(((t.channels + 3) / 4 + lanes - 1) / lanes);
+  t.pitch = int32_t(4 * (t.quads * lanes | 1));
 }
 
-// Width and lanes of the tiles of one tiling whose arrays have elements of `least_bytes` or more, `planes` of them in shared memory; a thread has at
-// most `quads_of_thread` groups of four channels.
+// Width and lanes of the tiles of one tiling whose arrays have elements of `least_bytes` or more, `planes` of them in shared memory; a
+// thread has at most `quads_of_thread` groups of four channels.
 inline void plan_tile(Tiling& t, int64_t planes, int64_t accumulator_bytes, int64_t least_bytes, bool pixel_lines, int64_t quads_of_thread,
                       int64_t limit) {
   const int64_t quads = (t.channels + 3) / 4, fit = std::max<int64_t>(1, kBytesPerThread / (4 * accumulator_bytes * planes));
   int64_t lanes = 1, width = 1;
   while (lanes < most_threads(accumulator_bytes) && lanes * std::min(fit, quads_of_thread) < quads) lanes *= 2;
+  set_lanes(t, lanes);
   const int64_t least = std::max<int64_t>(32 / lanes, 1), sector = pixel_lines ? kSectorBytes / least_bytes : 1;
-  while (width < std::max(256 / lanes, sector) && width < t.pixels) width *= 2;
+  const int64_t of_pixel = t.pitch * planes * accumulator_bytes;
+  while (width < t.pixels && (width < std::max(256 / lanes, sector) || 2 * width * of_pixel <= 256 * kBytesPerThread)) width *= 2;
   width = std::max(width, least);
-  while (width > least && width * pitch_of(t.channels, lanes) * planes * accumulator_bytes > limit) width /= 2;
-  t.width = int32_t(width), t.lanes = int32_t(lanes);
+  while (width > least && width * of_pixel > limit) width /= 2;
+  t.width = int32_t(width);
 }
 
 // Tiles first, then the threads, shared memory and blocks of the launch. `rows`: numbers per warp and (per pixel) per tile beside it.
@@ -121,7 +130,15 @@ inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t pla
                           int64_t most_blocks) {
   Launch launch;
   int64_t tiles = 0;
-  for (int k = 0; k < count; ++k) tiles += batch * ((tilings[k].pixels + tilings[k].width - 1) / tilings[k].width);
+  for (int k = 0; k < count; ++k) {
+    const Tiling& t = tilings[k];
+    tiles += batch * ((t.pixels + t.width - 1) / t.width);
+    int32_t threads = std::max(256, t.lanes);
+    const int64_t bytes = t.width * t.pitch * planes * accumulator_bytes;
+    while (threads < most_threads(accumulator_bytes) && threads * kBytesPerThread < bytes) threads *= 2;
+    launch.threads = std::max(launch.threads, std::min(t.width * t.lanes, threads));
+  }
+  const int64_t warp_rows = launch.threads / 32 * (rows + kTeamRows);
   for (int k = 0; k < count; ++k) {
     Tiling& t = tilings[k];
     const int64_t of_sample = (t.pixels + t.width - 1) / t.width;
@@ -129,17 +146,26 @@ inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t pla
     t.blocks = (of_sample + t.tiles_per_block - 1) / t.tiles_per_block;
     t.first_block = launch.blocks;
     launch.blocks += batch * t.blocks;
-    launch.threads = std::max(launch.threads, std::min(t.width * t.lanes, most_threads(accumulator_bytes)));
-  }
-  const int64_t warp_rows = launch.threads / 32 * (rows + kTeamRows);
-  for (int k = 0; k < count; ++k) {
-    Tiling& t = tilings[k];
-    while (t.lanes > 32 && t.width * t.lanes < launch.threads) t.lanes *= 2;  // all threads meet at the team's barriers
-    t.pitch = int32_t(pitch_of(t.channels, t.lanes));
-    const int64_t elements = t.width * (int64_t(t.pitch) * planes + 4) + warp_rows;
+    int64_t lanes = t.lanes;
+    while (t.width * lanes < launch.threads) lanes *= 2;  // all threads have a pixel, and meet at the team's barriers
+    set_lanes(t, lanes);
+    t.lane_bits = bits_of(lanes);
+    const int64_t elements = t.width * (int64_t(t.pitch) * planes + 3) + warp_rows;
     launch.shared_bytes = int32_t(std::max<int64_t>(launch.shared_bytes, std::min<int64_t>(elements * accumulator_bytes, INT32_MAX)));
   }
   return launch;
+}
+
+// How the threads of a block copy an array between memory and its tiles: a thread takes pieces of four lines at once, and 64 bytes of a line
+// of pixels are read together: whole sectors, and few conflicts between the banks in which pixels start.
+inline void plan_copy(Array& x, const Tiling& t, int threads) {
+  const int64_t bytes = size_of(x.dtype), length = x.pixel_lines ? t.pixels : t.channels, channels = 4 * t.quads * t.lanes;
+  x.vector = !((reinterpret_cast<uintptr_t>(x.data) | x.sample_stride * bytes | x.line_stride * bytes | length * bytes) & 15) &&
+             !(x.pixel_lines && t.width * bytes < 16);
+  const int64_t n = x.vector ? 16 / bytes : 1;
+  const int across = bits_of(x.pixel_lines ? t.width / n : (channels + n - 1) / n), down = bits_of((x.pixel_lines ? channels : t.width) / 4);
+  x.across = uint8_t(std::min(across, x.pixel_lines && x.vector ? 2 : bits_of(threads)));
+  x.down = uint8_t(std::min(down, bits_of(threads) - x.across));
 }
 
 inline bool noisy(const SoftmaxFisher& call) {
@@ -149,23 +175,25 @@ inline bool noisy(const SoftmaxFisher& call) {
 // `limit`: the shared memory that a block may have on the device.
 inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
   const int64_t planes = call.modalities, reserve = 4096 + 64 * call.modalities * accumulator_bytes;
+  const auto& most_quads = kMostQuads[accumulator_bytes == 8];
   bool fits = true;
   for (int s = 0; s < call.scales; ++s) {
     int64_t least_bytes = 8;
     bool pixel_lines = false;
     for (int m = 0; m < call.modalities; ++m) {
-      Array& x = call.features[m * call.scales + s];
-      Array& dx = call.gradients[m * call.scales + s];
-      x.vector = whole_pieces(x, call.tilings[s]);
-      if (backward) dx.vector = whole_pieces(dx, call.tilings[s]);
+      const Array& x = call.features[m * call.scales + s];
       least_bytes = std::min(least_bytes, size_of(x.dtype));
       pixel_lines |= x.pixel_lines;
     }
-    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, kMostQuads[backward][noisy(call)], limit - reserve);
-    fits &= call.tilings[s].channels <= 4 * kMostQuads[true][true] * most_threads(accumulator_bytes);  // also the backward pass
+    plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, most_quads[backward][noisy(call)], limit - reserve);
+    fits &= call.tilings[s].channels <= 4 * most_quads[true][true] * most_threads(accumulator_bytes);  // also the backward pass
   }
   Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, most_blocks);
   if (launch.shared_bytes > limit || !fits) launch.shared_bytes = -1;
+  for (int i = 0; i < call.modalities * call.scales; ++i) {
+    plan_copy(call.features[i], call.tilings[i % call.scales], launch.threads);
+    if (backward) plan_copy(call.gradients[i], call.tilings[i % call.scales], launch.threads);
+  }
   return launch;
 }
 
@@ -173,14 +201,15 @@ inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_
   const int64_t planes = call.features[0].data ? 2 : 1;
   for (int k = 0; k < call.tensors; ++k) {
     const Tiling& t = call.tilings[k];
-    call.grads[k].vector = whole_pieces(call.grads[k], t);
-    call.features[k].vector = whole_pieces(call.features[k], t);
-    if (backward) call.to_grads[k].vector = whole_pieces(call.to_grads[k], t);
-    if (backward) call.to_features[k].vector = whole_pieces(call.to_features[k], t);
     plan_tile(call.tilings[k], planes, accumulator_bytes, size_of(call.grads[k].dtype), call.grads[k].pixel_lines, t.channels, limit - 16384);
   }
   Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3, most_blocks);
   if (launch.shared_bytes > limit) launch.shared_bytes = -1;
+  for (int k = 0; k < call.tensors; ++k) {
+    for (Array* all : {call.grads, call.features}) plan_copy(all[k], call.tilings[k], launch.threads);
+    if (backward)
+      for (Array* all : {call.to_grads, call.to_features}) plan_copy(all[k], call.tilings[k], launch.threads);
+  }
   return launch;
 }
 

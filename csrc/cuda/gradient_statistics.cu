@@ -15,8 +15,8 @@
 // and e in place; what a pixel has once is read and written by neighbouring threads.
 //
 // Sizes: call.h. A pixel gets as many threads as leave each 160 bytes of shared memory, up to the whole block, so that 1024 threads fit a
-// multiprocessor of an A100; a tile has the pixels of 256 threads, and at least a 32-byte sector of every channel, or fewer where that
-// does not fit; a single pixel must.
+// multiprocessor of an A100; a tile has as many pixels as fill that memory, and at least a 32-byte sector of every channel, or fewer where
+// that does not fit; a single pixel must.
 #include "launch.h"
 #include "tile.h"
 
@@ -31,9 +31,11 @@ struct Sums {
 };
 
 template <class T>
-__device__ Sums<T> sums_of_pixel(const T* g, const T* e, int channels, Team<T>& team) {
+__device__ Sums<T> sums_of_pixel(const T* g, const T* e, int quads, Team<T>& team) {
   Sums<T> sums = {};
-  for (int c = team.lane() * 4; c < channels; c += team.lanes * 4) {
+#pragma unroll 1
+  for (int k = 0; k < quads; ++k) {
+    const int c = 4 * (team.lane() + (k << team.lane_bits));
     const Quad<T> gradient = load_quad(g + c);
     const Quad<T> feature = e ? load_quad(e + c) : Quad<T>{};
     for (int i = 0; i < 4; ++i) {
@@ -49,18 +51,19 @@ __device__ Sums<T> sums_of_pixel(const T* g, const T* e, int channels, Team<T>& 
 // What a pixel of a tile has once, in shared memory.
 template <class T>
 struct PixelRows {
-  T *counts, *f, *fisher, *attribution;
+  T *f, *fisher, *attribution;
 };
 
-// g and e, if there is any, with zeros in the rest of the last quad.
+// g and e, if there is any, one after the other, with zeros where the tile has more than the tensor.
 template <class T>
-__device__ void read_pair(const GradientStatistics& call, int k, const Tile& tile, T* g, T* e) {
-  const int channels = (tile.channels + 3) & ~3;
-  read_tile<T>(call.grads[k], tile, g);
-  fill_tile(tile, channels, g, T(0));
-  if (!e) return;
-  read_tile<T>(call.features[k], tile, e);
-  fill_tile(tile, channels, e, T(0));
+__device__ void read_planes(const Array* g, const Array* e, int planes, const Tile& tile, T* values) {
+#pragma unroll 1
+  for (int i = 0; i < planes; ++i) read_tile<T>(i ? *e : *g, tile, values + i * (tile.width * tile.pitch), T(0));
+}
+template <class T>
+__device__ void write_planes(const Array* g, const Array* e, int planes, const Tile& tile, T* values) {
+#pragma unroll 1
+  for (int i = 0; i < planes; ++i) write_tile<T>(i ? *e : *g, tile, values + i * (tile.width * tile.pitch));
 }
 
 template <class T>
@@ -88,31 +91,35 @@ __device__ void forward(const GradientStatistics& call) {
   const Tiling& tiling = call.tilings[k];
   const int plane = tiling.width * tiling.pitch, planes = call.features[k].data ? 2 : 1;
   T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
-  const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width, after + 3 * tiling.width};
-  T* totals = after + 4 * tiling.width;
-  Team<T> team{tiling.lanes, totals + blockDim.x / 32 * 3};
+  const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width};
+  T* totals = after + 3 * tiling.width;
+  Team<T> team{tiling.lanes, tiling.lane_bits, totals + blockDim.x / 32 * 3};
   for (int i = threadIdx.x; i < blockDim.x / 32 * 3; i += blockDim.x) totals[i] = 0;
 
   for (int i = place.first_tile; i < place.last_tile; ++i) {
     if (i > place.first_tile) __syncthreads();
     const Tile tile = tile_at(tiling, place.sample, i);
     const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_pair(call, k, tile, g, e);
-    read_counts(tile, rows.counts);
+    read_tile<T>(call.grads[k], tile, g, T(0));
+    if (e) read_tile<T>(call.features[k], tile, e, T(0));
+#pragma unroll 1
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x)
       rows.f[p] = call.values[k] && p < tile.count ? read_pixel<T>(call.values[k], row + p) : T(1);
     __syncthreads();
-    for (int p = team.pixel(); p < tile.width; p += team.pixels_at_once()) {
+#pragma unroll 1
+    for (int first = 0; first < tile.width; first += team.pixels_at_once()) {
+      const int p = first + team.pixel();
       const int at = p * tile.pitch;
-      const bool counts = rows.counts[p] != T(0);
-      const Sums<T> sums = sums_of_pixel(g + at, e ? e + at : nullptr, tile.channels, team);
+      const bool counts = counted(tiling, tile, p);
+      const Sums<T> sums = sums_of_pixel(g + at, e ? e + at : nullptr, tiling.quads, team);
       const T fisher = counts ? sums.norm / (rows.f[p] + T(call.eps)) : T(0), square = counts ? sums.square : T(0);
       add_pixels(fisher, team.lanes, totals, 3, 0);
       add_pixels(square, team.lanes, totals, 3, 1);
-      add_pixels(rows.counts[p], team.lanes, totals, 3, 2);
+      add_pixels(T(counts), team.lanes, totals, 3, 2);
       if (team.lane() == 0) rows.fisher[p] = fisher, rows.attribution[p] = square_root(square);
     }
     __syncthreads();
+#pragma unroll 1
     for (int p = threadIdx.x; p < tile.count; p += blockDim.x) {
       if (call.fisher_maps[k]) static_cast<T*>(call.fisher_maps[k])[row + p] = rows.fisher[p];
       if (call.attribution_maps[k]) static_cast<T*>(call.attribution_maps[k])[row + p] = rows.attribution[p];
@@ -124,9 +131,11 @@ __device__ void forward(const GradientStatistics& call) {
 
 // dg and de of a pixel in place of g and e, 0 where it does not count, from 2 u / (f + eps) and 2 v; returns sum_c g^2.
 template <class T>
-__device__ T gradient_of_pixel(T* g, T* e, int channels, Team<T>& team, bool counts, T u, T v) {
+__device__ T gradient_of_pixel(T* g, T* e, int quads, Team<T>& team, bool counts, T u, T v) {
   T norm = 0;
-  for (int c = team.lane() * 4; c < channels; c += team.lanes * 4) {
+#pragma unroll 1
+  for (int k = 0; k < quads; ++k) {
+    const int c = 4 * (team.lane() + (k << team.lane_bits));
     Quad<T> gradient = load_quad(g + c), feature = e ? load_quad(e + c) : Quad<T>{};
     for (int i = 0; i < 4; ++i) {
       const T from = gradient.at[i], vg = v * from;
@@ -149,17 +158,19 @@ __device__ void backward(const GradientStatistics& call) {
   const int plane = tiling.width * tiling.pitch, planes = call.features[k].data ? 2 : 1;
   T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
   // Of `fisher` first the upstream weight u, then df; of `attribution` the upstream gradient of the map.
-  const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width, after + 3 * tiling.width};
-  Team<T> team{tiling.lanes, after + 4 * tiling.width};
+  const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width};
+  Team<T> team{tiling.lanes, tiling.lane_bits, after + 3 * tiling.width};
   const int64_t weight = (call.first_tensor + k) * call.batch + place.sample;
   const T of_fisher = call.values[k] ? T(call.fisher_weight[weight]) : T(0), of_square = e ? T(call.attribution_weight[weight]) : T(0);
 
   for (int i = place.first_tile; i < place.last_tile; ++i) {
     if (i > place.first_tile) __syncthreads();
+    const int k = recomputed(place.tiling);
+    const Tiling& tiling = call.tilings[k];
     const Tile tile = tile_at(tiling, place.sample, i);
     const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_pair(call, k, tile, g, e);
-    read_counts(tile, rows.counts);
+    read_planes(call.grads + k, call.features + k, planes, tile, g);
+#pragma unroll 1
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x) {
       const bool inside = p < tile.count;
       rows.f[p] = (call.values[k] && inside ? read_pixel<T>(call.values[k], row + p) : T(1)) + T(call.eps);
@@ -167,23 +178,25 @@ __device__ void backward(const GradientStatistics& call) {
       rows.attribution[p] = call.attribution_maps[k] && inside ? read_pixel<T>(call.attribution_maps[k], row + p) : T(0);
     }
     __syncthreads();
-    for (int p = team.pixel(); p < tile.width; p += team.pixels_at_once()) {
+#pragma unroll 1
+    for (int first = 0; first < tile.width; first += team.pixels_at_once()) {
+      const int p = first + team.pixel();
       const int at = p * tile.pitch;
-      const bool counts = rows.counts[p] != T(0);
+      const bool counts = counted(tiling, tile, p);
       T *g_of_pixel = g + at, *e_of_pixel = e ? e + at : nullptr;
       const T f = rows.f[p], u = call.values[k] ? rows.fisher[p] / f : T(0);
       T v = of_square;
       if (call.attribution_maps[k]) {
-        const T square = sums_of_pixel(g_of_pixel, e_of_pixel, tile.channels, team).square;
+        const T square = sums_of_pixel(g_of_pixel, e_of_pixel, tiling.quads, team).square;
         v += square == 0 ? T(0) : rows.attribution[p] / (2 * square_root(square));
       }
-      const T norm = gradient_of_pixel(g_of_pixel, e_of_pixel, tile.channels, team, counts, 2 * u, 2 * v);
+      const T norm = gradient_of_pixel(g_of_pixel, e_of_pixel, tiling.quads, team, counts, 2 * u, 2 * v);
       __syncwarp();  // all threads of the team have read u
       if (team.lane() == 0) rows.fisher[p] = counts ? -u * norm / f : T(0);
     }
     __syncthreads();
-    write_tile<T>(call.to_grads[k], tile, g);
-    if (e) write_tile<T>(call.to_features[k], tile, e);
+    write_planes(call.to_grads + k, call.to_features + k, planes, tile, g);
+#pragma unroll 1
     for (int p = threadIdx.x; p < tile.count; p += blockDim.x)
       if (call.to_values[k]) static_cast<T*>(call.to_values[k])[row + p] = rows.fisher[p];
   }

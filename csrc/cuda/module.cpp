@@ -5,12 +5,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../dtype.h"
 #include "launch.h"
 #include "split.h"
 
@@ -20,28 +20,19 @@ extern "C" int aoti_torch_get_current_cuda_stream(int32_t device, void** stream)
 namespace {
 
 using mrf::DType;
+using mrf::dtype_of;
 using mrf::cuda::Array;
 using mrf::cuda::Tiling;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, "modreg_fast_native: unexpected dtype"); return DType::float32;
-  }
-}
-
 // (B, C, P) with contiguous pixels, or else contiguous channels.
 Array array_of(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3, "modreg_fast_native: expected a (B, C, P) tensor on CUDA");
   const bool pixel_lines = (x.size(2) > 1 && x.stride(2) == 1) || (x.size(1) == 1 && x.size(2) == 1);
   STD_TORCH_CHECK(pixel_lines || x.stride(1) == 1, "modreg_fast_native: expected contiguous pixels or channels");
-  return {x.data_ptr(), x.stride(0), pixel_lines ? x.stride(1) : x.stride(2), dtype_of(x), pixel_lines, false};
+  return {x.data_ptr(), x.stride(0), pixel_lines ? x.stride(1) : x.stride(2), dtype_of(x), pixel_lines, false, 0, 0};
 }
 
 template <class T = void>

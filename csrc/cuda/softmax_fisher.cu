@@ -14,10 +14,10 @@
 // those of one modality and draw, and the gradients that add up. So each feature is read from shared memory twice, once for R; gradients
 // replace the features there. A softmax takes the exact maximum, and one exponential for each channel.
 //
-// Sizes: call.h. A pixel gets as many threads as its channels need, up to the whole block, and as leave each thread 160 bytes of shared
-// memory: then 1024 threads fit a multiprocessor of an A100. A tile has the pixels of 256 threads, and at least a 32-byte sector of every
-// channel. Where that is too large, a tile has fewer pixels, and the rest of each sector comes from L2 when the next block asks for it; a
-// single pixel must fit.
+// Sizes: call.h. A pixel gets as many threads as its channels need, up to the whole block. A tile has as many pixels as fill 160 bytes of
+// shared memory for each of 256 threads: then 1024 threads fit a multiprocessor of an A100. It has at least a 32-byte sector of every
+// channel, with more threads where that takes more memory. Where it is too large, a tile has fewer pixels, and the rest of each sector comes
+// from L2 when the next block asks for it; a single pixel must fit.
 #include "launch.h"
 #include "philox.h"
 
@@ -47,15 +47,16 @@ struct Pixel {
   static constexpr int n = 4 * Quads;
   const SoftmaxFisher& call;
   const Tile& tile;
+  const int plane;
   Team<T>& team;
   const int64_t& first_noise;  // the number of a tile's first block of noise, in shared memory
   T* features;  // its first quad of modality 0, in shared memory
   int scale, p;
   uint64_t held;
-  const T& counts;  // 1 or 0
+  bool counts;
   T* rows;          // of the warps: sums of I by modality, and pixels
 
-  __device__ T* place_of(int m, int k) const { return features + m * (tile.width * tile.pitch) + k * (4 * team.lanes); }
+  __device__ T* place_of(int m, int k) const { return features + m * plane + k * (4 * team.lanes); }
   __device__ void load(int m, T (&x)[n]) const {
 #pragma unroll
     for (int k = 0; k < Quads; ++k) {
@@ -84,14 +85,15 @@ struct Pixel {
   }
 
   __device__ void run() const {
-    const int modalities_held = __popcll(held);
+    const int modalities_held = __popcll(held), first = __ffsll(held) - 1;
     // r = exp(R - max R), from the sum over modalities; q = inverse_r r
     T r[n], sum_r = 0;
-    load(__ffsll(held) - 1, r);
+    load(first, r);
 #pragma unroll 1
-    for (uint64_t rest = held & (held - 1); rest; rest &= rest - 1) {
+    for (int m = first + 1; m < call.modalities; ++m) {
+      if (!(held >> m & 1)) continue;
       T x[n];
-      load(__ffsll(rest) - 1, x);
+      load(m, x);
       for (int i = 0; i < n; ++i) r[i] += x[i];
     }
     const T top_r = largest(r), scale_r = kLog2E<T> / T(modalities_held);
@@ -101,8 +103,8 @@ struct Pixel {
 
     T pull[n] = {}, pull_mean = 0;  // the bracket in dI/dR summed over modalities and draws, and its mean by q
 #pragma unroll 1
-    for (uint64_t rest = held; rest; rest &= rest - 1) {
-      const int m = __ffsll(rest) - 1;
+    for (int m = 0; m < call.modalities; ++m) {
+      if (!(held >> m & 1)) continue;
       const bool noise = Noisy && call.sigma[m] > 0;
       const T repeats = T(noise ? 1 : call.draws);  // without noise every draw is the same
       T information = 0, own[n] = {};               // own: dI/dX_m but for what comes through R
@@ -156,7 +158,7 @@ struct Pixel {
       if constexpr (Backward)
         store(m, own);
       else
-        add_pixels(counts != T(0) ? information : T(0), team.lanes, rows, call.modalities + 1, m);
+        add_pixels(counts ? information : T(0), team.lanes, rows, call.modalities + 1, m);
     }
     if constexpr (Backward) finish(r, pull, pull_mean, call.detach_reference ? T(0) : inverse_r / T(modalities_held));
   }
@@ -165,11 +167,11 @@ struct Pixel {
   __device__ void finish(const T (&r)[n], T (&pull)[n], T pull_mean, T share) const {
     for (int i = 0; i < n; ++i) pull[i] = share * r[i] * (pull[i] - pull_mean);
 #pragma unroll 1
-    for (uint64_t rest = held; rest; rest &= rest - 1) {
-      const int m = __ffsll(rest) - 1;
+    for (int m = 0; m < call.modalities; ++m) {
+      if (!(held >> m & 1)) continue;
       T x[n];
       load(m, x);
-      for (int i = 0; i < n; ++i) x[i] = counts != T(0) ? x[i] + pull[i] : T(0);
+      for (int i = 0; i < n; ++i) x[i] = counts ? x[i] + pull[i] : T(0);
       store(m, x);
     }
   }
@@ -194,13 +196,15 @@ __device__ void write_results(const SoftmaxFisher& call, const Place& place) {
 // All pixels of a tile.
 template <class T, bool Backward, bool Noisy, int Quads>
 __device__ void run_tile(const SoftmaxFisher& call, const Tile& tile, int scale, uint64_t held, Team<T>& team, const int64_t& first_noise,
-                         T* features, const T* counts, T* rows) {
+                         T* features, T* rows) {
 #pragma unroll 1
-  for (int p = team.pixel(); p < tile.width; p += team.pixels_at_once()) {
-    const Pixel<T, Backward, Noisy, Quads> pixel{call, tile, team, first_noise, features + p * tile.pitch + 4 * team.lane(), scale, p,
-                                                 held, counts[p], rows};
+  for (int first = 0; first < tile.width; first += team.pixels_at_once()) {
+    const int p = first + team.pixel();
+    const bool counts = counted(call.tilings[scale], tile, p);
+    const Pixel<T, Backward, Noisy, Quads> pixel{call, tile, tile.width * tile.pitch, team, first_noise,
+                                                 features + p * tile.pitch + 4 * team.lane(), scale, p, held, counts, rows};
     if (held) pixel.run();
-    if (!Backward) add_pixels(counts[p], team.lanes, rows, call.modalities + 1, call.modalities);
+    if (!Backward) add_pixels(T(counts), team.lanes, rows, call.modalities + 1, call.modalities);
   }
 }
 
@@ -210,40 +214,36 @@ __device__ void run(const SoftmaxFisher& call) {
   const Place place = place_of_block(call.tilings, call.scales);
   const Tiling& tiling = call.tilings[place.tiling];
   const uint64_t held = held_by(call, place.sample);
-  const int row = call.modalities + 1, warps = blockDim.x / 32;
-  T *features = shared<T>(), *counts = features + call.modalities * tiling.width * tiling.pitch;
-  T* rows = counts + tiling.width;
-  Team<T> team{tiling.lanes, rows + warps * row};
+  const int row = call.modalities + 1, warps = blockDim.x / 32, plane = tiling.width * tiling.pitch;
+  T *features = shared<T>(), *rows = features + call.modalities * plane;
+  Team<T> team{tiling.lanes, tiling.lane_bits, rows + warps * row};
   for (int i = threadIdx.x; i < warps * row; i += blockDim.x) rows[i] = 0;
   if (Backward)  // gradients of modalities that are not there
+#pragma unroll 1
     for (int m = 0; m < call.modalities; ++m)
-      for (int i = threadIdx.x; !(held >> m & 1) && i < tiling.width * tiling.pitch; i += blockDim.x)
-        features[m * tiling.width * tiling.pitch + i] = 0;
+      if (!(held >> m & 1))
+        for (int i = threadIdx.x; i < plane; i += blockDim.x) features[m * plane + i] = 0;
 
+#pragma unroll 1
   for (int k = place.first_tile; k < place.last_tile; ++k) {
     if (k > place.first_tile) __syncthreads();
     const Tile tile = tile_at(tiling, place.sample, k);
-    const int quads = divided((tile.channels + 3) / 4 + tile.lanes - 1, tile.lanes), plane = tile.width * tile.pitch;  // quads: of a thread
 #pragma unroll 1
-    for (uint64_t rest = held; rest; rest &= rest - 1) {
-      const int m = __ffsll(rest) - 1;
-      read_tile<T>(call.features[m * call.scales + place.tiling], tile, features + m * plane);
-      fill_tile(tile, 4 * quads * tile.lanes, features + m * plane, kAbsent<T>);
-    }
-    read_counts(tile, counts);
-    if (Noisy && threadIdx.x == 0) first_noise = tile.sample * ((tile.channels + 3) / 4) * tile.pixels + tile.begin;
+    for (int m = 0; m < call.modalities; ++m)
+      if (held >> m & 1) read_tile<T>(call.features[m * call.scales + place.tiling], tile, features + m * plane, kAbsent<T>);
+    if (Noisy && threadIdx.x == 0) first_noise = tile.sample * ((tile.channels + 3) / 4) * tiling.pixels + tile.begin;
     __syncthreads();
     const auto run_quads = [&](auto n) {
-      run_tile<T, Backward, Noisy, decltype(n)::value>(call, tile, place.tiling, held, team, first_noise, features, counts, rows);
+      run_tile<T, Backward, Noisy, decltype(n)::value>(call, tile, place.tiling, held, team, first_noise, features, rows);
     };
-    constexpr int most = kMostQuads[Backward][Noisy];
-    if (most == 1 || quads == 1) {
+    constexpr int most = kMostQuads[sizeof(T) == 8][Backward][Noisy];
+    if (most == 1 || tiling.quads == 1) {
       run_quads(std::integral_constant<int, 1>{});
     } else if constexpr (most > 1) {
-      if (most == 2 || quads == 2)
+      if (most == 2 || tiling.quads == 2)
         run_quads(std::integral_constant<int, 2>{});
       else if constexpr (most > 2) {
-        if (quads == 3)
+        if (tiling.quads == 3)
           run_quads(std::integral_constant<int, 3>{});
         else
           run_quads(std::integral_constant<int, 4>{});

@@ -69,12 +69,6 @@ template <class T> __device__ inline void narrow(T x, double& y) { y = x; }
 template <class T> __device__ inline void narrow(T x, __nv_bfloat16& y) { y = __float2bfloat16(float(x)); }
 template <class T> __device__ inline void narrow(T x, __half& y) { y = __float2half(float(x)); }
 
-// 16 bytes of a line.
-template <class Storage>
-struct alignas(16) Piece {
-  Storage at[16 / sizeof(Storage)];
-};
-
 // Calls f with a null pointer of the storage type.
 template <class T, class F>
 __device__ inline void with_storage(DType dtype, F f) {
@@ -92,29 +86,25 @@ struct Place {
   int64_t sample;
 };
 
-__device__ inline int64_t divided(int64_t x, int power_of_two) { return x >> (__ffs(power_of_two) - 1); }
-__device__ inline int divided(int x, int power_of_two) { return x >> (__ffs(power_of_two) - 1); }
-
 __device__ inline Place place_of_block(const Tiling* tilings, int count) {
   int k = count - 1;
   while (tilings[k].first_block > blockIdx.x) --k;
   const Tiling& t = tilings[k];
   const unsigned blocks = unsigned(t.blocks), local = unsigned(blockIdx.x - t.first_block), sample = local / blocks;
   const int64_t first = int64_t(local - sample * blocks) * t.tiles_per_block, end = first + t.tiles_per_block;
-  const int64_t tiles = divided(t.pixels + t.width - 1, t.width);
+  const int64_t tiles = (t.pixels + t.width - 1) >> (31 - __clz(t.width));
   return {k, int(first), int(end < tiles ? end : tiles), sample};
 }
 
-// A tile of one sample: pixels [begin, begin + count) of `width`.
+// A tile of one sample: `count` pixels from `begin` on, of `width`; channels from `end` on have no place.
 struct Tile {
-  int64_t sample, begin, pixels;  // pixels: of the sample
-  const uint8_t* mask;
-  int channels, width, count, pitch, lanes;
+  int64_t sample, begin;
+  int count, channels, width, end, pitch;
 };
 
 __device__ inline Tile tile_at(const Tiling& t, int64_t sample, int64_t number) {
   const int64_t begin = number * t.width, left = t.pixels - begin;
-  return {sample, begin, t.pixels, t.mask, int(t.channels), t.width, int(left < t.width ? left : t.width), t.pitch, t.lanes};
+  return {sample, begin, int(left < t.width ? left : t.width), int(t.channels), t.width, 4 * t.quads << t.lane_bits, t.pitch};
 }
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -122,135 +112,217 @@ extern __shared__ __align__(16) unsigned char shared_memory[];
 template <class T>
 __device__ inline T* shared() { return reinterpret_cast<T*>(shared_memory); }
 
-// ---- quads ----
+// ---- quads and pieces, moved in 16 bytes ----
 
 template <class T>
 struct alignas(16) Quad {
   T at[4];
 };
 
+__device__ inline Quad<float> load_quad(const float* p) {
+  const float4 x = *reinterpret_cast<const float4*>(p);
+  return {x.x, x.y, x.z, x.w};
+}
+__device__ inline Quad<double> load_quad(const double* p) {
+  const double2 x = reinterpret_cast<const double2*>(p)[0], y = reinterpret_cast<const double2*>(p)[1];
+  return {x.x, x.y, y.x, y.y};
+}
+// In assembly: the compiler takes the load apart where its values go to several lines. For what was stored before a barrier.
+__device__ inline void fetch_pair(const float* p, float (&x)[2]) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(unsigned(__cvta_generic_to_shared(p))));
+}
+__device__ inline void fetch_pair(const double* p, double (&x)[2]) {
+  const double2 pair = *reinterpret_cast<const double2*>(p);
+  x[0] = pair.x, x[1] = pair.y;
+}
+// As CUDA's own vectors: the compiler takes the store of another struct apart where values come from several lines.
+__device__ inline void store_quad(float* p, const Quad<float>& x) {
+  *reinterpret_cast<float4*>(p) = make_float4(x.at[0], x.at[1], x.at[2], x.at[3]);
+}
+__device__ inline void store_quad(double* p, const Quad<double>& x) {
+  reinterpret_cast<double2*>(p)[0] = make_double2(x.at[0], x.at[1]);
+  reinterpret_cast<double2*>(p)[1] = make_double2(x.at[2], x.at[3]);
+}
+
+// N elements of a line.
+template <class Storage, int N>
+struct alignas(N * sizeof(Storage)) Piece {
+  Storage at[N];
+};
+
+template <class Storage, int N>
+__device__ inline Piece<Storage, N> load_piece(const Storage* p) {
+  Piece<Storage, N> piece;
+  if constexpr (N > 1) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
+    __builtin_memcpy(&piece, &raw, sizeof piece);
+  } else {
+    piece.at[0] = __ldg(p);
+  }
+  return piece;
+}
+// Two neighbours of a piece, narrowed, to their place among its words.
 template <class T>
-__device__ inline Quad<T> load_quad(const T* p) { return *reinterpret_cast<const Quad<T>*>(p); }
+__device__ inline void narrow_pair(T a, T b, uint32_t* words, __nv_bfloat16*) {
+  const __nv_bfloat162 x = __floats2bfloat162_rn(float(a), float(b));
+  words[0] = *reinterpret_cast<const uint32_t*>(&x);
+}
 template <class T>
-__device__ inline void store_quad(T* p, const Quad<T>& x) { *reinterpret_cast<Quad<T>*>(p) = x; }
+__device__ inline void narrow_pair(T a, T b, uint32_t* words, __half*) {
+  const __half2 x = __floats2half2_rn(float(a), float(b));
+  words[0] = *reinterpret_cast<const uint32_t*>(&x);
+}
+template <class T>
+__device__ inline void narrow_pair(T a, T b, uint32_t* words, float*) {
+  words[0] = __float_as_uint(float(a)), words[1] = __float_as_uint(float(b));
+}
+__device__ inline void narrow_pair(double a, double b, uint32_t* words, double*) {
+  words[0] = __double2loint(a), words[1] = __double2hiint(a), words[2] = __double2loint(b), words[3] = __double2hiint(b);
+}
+// In assembly, as fetch_pair.
+__device__ inline void store_words(void* p, const uint32_t (&x)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]));
+}
 
 // ---- copies between memory and tile ----
 
-// What falls to a thread of the pieces of n elements of a tile: those at `first`, `first + step`, ... of the lines `line`,
-// `line + line_step`, ...; in memory from `start` on, in the tile `next` from element to element and `next_line` from line to line.
-struct Pieces {
-  int length, lines, first, step, line, line_step, next, next_line;
+// A thread copies pieces of several lines at once. It reads four: they are on the way together, and cover the latency of the memory. It
+// writes two: enough, and no more registers. Where lines are the pixels of a channel, those are neighbours.
+template <class T, class Storage, int N, bool PixelLines, int Lines>
+struct Copy {
+  const Array& x;
+  const Tile& tile;
+  T* values;
 
-  __device__ Pieces(const Array& x, const Tile& t, int n)
-      : length(x.pixel_lines ? t.count : t.channels), lines(x.pixel_lines ? t.channels : t.count),
-        next(x.pixel_lines ? t.pitch : 1), next_line(x.pixel_lines ? 1 : t.pitch) {
-    // 2^across neighbouring threads on a line. Of a line of pixels 64 aligned bytes: whole sectors, and few conflicts between the banks in
-    // which pixels start.
-    const int most = x.pixel_lines && n > 1 ? 2 : 31 - __clz(blockDim.x), across = min(most, 32 - __clz((length - 1) / n));
-    const int thread = thread_number();
-    first = (thread & ((1 << across) - 1)) * n, step = n << across;
-    line = thread >> across, line_step = blockDim.x >> across;
+  // f(the piece of the first line in memory, its place in the tile, its first element, the first line)
+  template <class F>
+  __device__ void each(F f) const {
+    const int thread = thread_number(), length = PixelLines ? tile.width : tile.end, lines = PixelLines ? tile.end : tile.width;
+    const int group = thread >> x.across, first = ((thread & ((1 << x.across) - 1)) + (group >> x.down << x.across)) * N;
+    const int first_line = (group & ((1 << x.down) - 1)) * (PixelLines ? Lines : 1);
+    Storage* start = static_cast<Storage*>(x.data) + tile.sample * x.sample_stride + tile.begin * (PixelLines ? 1 : x.line_stride);
+#pragma unroll 1
+    for (int k = first; k < length; k += int(blockDim.x >> x.down) * N) {
+#pragma unroll 1
+      for (int line = first_line; line < lines; line += Lines << x.down) f(start + k + line * x.line_stride, place(k, line), k, line);
+    }
+  }
+  __device__ int next() const { return PixelLines ? 1 : 1 << x.down; }  // from one of the lines to the next
+  __device__ int lines_there() const { return PixelLines ? tile.channels : tile.count; }
+  __device__ int length_there() const { return PixelLines ? tile.count : tile.channels; }
+  __device__ bool inside(int k, int line) const { return k < length_there() && line < lines_there(); }
+  __device__ T* place(int k, int line) const { return values + (PixelLines ? k * tile.pitch + line : line * tile.pitch + k); }
+
+  // Widened; `absent` where the tile has more than the tensor.
+  __device__ void read(T absent) const {
+    each([&](const Storage* from, T* to, int k, int line) {
+      if (inside(k, line + (Lines - 1) * next())) {
+        Piece<Storage, N> four[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four[i] = load_piece<Storage, N>(from + i * next() * x.line_stride);
+        if constexpr (PixelLines) {
+#pragma unroll
+          for (int j = 0; j < N; ++j)
+            store_quad(to + j * tile.pitch,
+                       Quad<T>{widen<T>(four[0].at[j]), widen<T>(four[1].at[j]), widen<T>(four[2].at[j]), widen<T>(four[3].at[j])});
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < N; j += 4) {
+              T* quad = to + i * next() * tile.pitch + j;
+              if constexpr (N >= 4)
+                store_quad(quad, {widen<T>(four[i].at[j]), widen<T>(four[i].at[j + 1]), widen<T>(four[i].at[j + 2]), widen<T>(four[i].at[j + 3])});
+              else
+                for (int l = 0; l < N; ++l) quad[l] = widen<T>(four[i].at[l]);
+            }
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < Lines && line + i * next() < (PixelLines ? tile.end : tile.width); ++i) {
+          Piece<Storage, N> piece = {};
+          const bool there = inside(k, line + i * next());
+          if (there) piece = load_piece<Storage, N>(from + i * next() * x.line_stride);
+#pragma unroll
+          for (int j = 0; j < N; ++j) *place(k + j, line + i * next()) = there ? widen<T>(piece.at[j]) : absent;
+        }
+      }
+    });
+  }
+
+  __device__ void write() const {
+    each([&](Storage* to, const T* from, int k, int line) {
+      constexpr int size = sizeof(Storage);
+      if (N > 1 && inside(k, line + (Lines - 1) * next())) {
+        uint32_t words[Lines][4];
+        if constexpr (PixelLines) {
+#pragma unroll
+          for (int j = 0; j < N; j += 2) {
+            T one[2], other[2];
+            fetch_pair(from + j * tile.pitch, one), fetch_pair(from + (j + 1) * tile.pitch, other);
+            for (int i = 0; i < 2; ++i) narrow_pair(one[i], other[i], words[i] + j * size / 4, to);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int j = 0; j < N; j += 2) {
+              T pair[2];
+              fetch_pair(from + i * next() * tile.pitch + j, pair);
+              narrow_pair(pair[0], pair[1], words[i] + j * size / 4, to);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) store_words(to + i * next() * x.line_stride, words[i]);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < Lines && inside(k, line + i * next()); ++i) {
+          Storage* of_line = to + i * next() * x.line_stride;
+          if constexpr (N > 1) {
+            uint32_t words[4];
+#pragma unroll
+            for (int j = 0; j < N; j += 2)
+              narrow_pair(*place(k + j, line + i * next()), *place(k + j + 1, line + i * next()), words + j * size / 4, to);
+            store_words(of_line, words);
+          } else {
+            narrow(*place(k, line + i * next()), *of_line);
+          }
+        }
+      }
+    });
   }
 };
 
-template <class Storage>
-__device__ inline Storage* start_of(const Array& x, const Tile& t) {
-  return static_cast<Storage*>(x.data) + t.sample * x.sample_stride + t.begin * (x.pixel_lines ? 1 : x.line_stride);
-}
-
-// A piece to the tile.
-template <class T, class Storage>
-__device__ inline void put(const Piece<Storage>& piece, T* to, int next) {
-  constexpr int n = 16 / sizeof(Storage);
-  if constexpr (n % 4 == 0)
-    if (next == 1) {
-      for (int i = 0; i < n; i += 4)
-        store_quad(to + i, Quad<T>{widen<T>(piece.at[i]), widen<T>(piece.at[i + 1]), widen<T>(piece.at[i + 2]), widen<T>(piece.at[i + 3])});
-      return;
-    }
-  for (int i = 0; i < n; ++i) to[i * next] = widen<T>(piece.at[i]);
-}
-
-// Memory to tile, in pieces of 16 bytes where lines are aligned to that. A thread loads two before it stores the first: with 1024 threads,
-// enough on the way to cover the latency of the memory.
-template <class T>
-__device__ inline void read_tile(const Array& x, const Tile& t, T* tile) {
-  if (x.vector) {
-    const int size = x.dtype == DType::float64 ? 8 : x.dtype == DType::float32 ? 4 : 2;
-    const Pieces mine(x, t, 16 / size);
-    const int64_t line_bytes = x.line_stride * size;
-    const char* start = static_cast<const char*>(x.data) + (t.sample * x.sample_stride + t.begin * (x.pixel_lines ? 1 : x.line_stride)) * size;
-    const auto copy = [&](int k, int line, auto count) {
-      uint4 raw[decltype(count)::value];
-#pragma unroll
-      for (int j = 0; j < decltype(count)::value; ++j)
-        raw[j] = __ldg(reinterpret_cast<const uint4*>(start + k * size + (line + j * mine.line_step) * line_bytes));
-#pragma unroll
-      for (int j = 0; j < decltype(count)::value; ++j)
-        with_storage<T>(x.dtype, [&](auto* type) {
-          Piece<std::remove_pointer_t<decltype(type)>> piece;
-          __builtin_memcpy(&piece, &raw[j], sizeof piece);
-          put(piece, tile + k * mine.next + (line + j * mine.line_step) * mine.next_line, mine.next);
-        });
-    };
-#pragma unroll 1
-    for (int k = mine.first; k < mine.length; k += mine.step) {
-      int line = mine.line;
-#pragma unroll 1
-      for (; line + mine.line_step < mine.lines; line += 2 * mine.line_step) copy(k, line, std::integral_constant<int, 2>{});
-      if (line < mine.lines) copy(k, line, std::integral_constant<int, 1>{});
-    }
-  } else {
-    const Pieces mine(x, t, 1);
-    with_storage<T>(x.dtype, [&](auto* type) {
-      const auto* start = start_of<const std::remove_pointer_t<decltype(type)>>(x, t);
-#pragma unroll 1
-      for (int k = mine.first; k < mine.length; k += mine.step)
-#pragma unroll 2
-        for (int line = mine.line; line < mine.lines; line += mine.line_step)
-          tile[k * mine.next + line * mine.next_line] = widen<T>(__ldg(start + k + line * x.line_stride));
-    });
-  }
-}
-
-// Tile to memory, likewise.
-template <class T>
-__device__ inline void write_tile(const Array& x, const Tile& t, const T* tile) {
+// f with the copy that fits the array.
+template <class T, int Lines, class F>
+__device__ inline void with_copy(const Array& x, const Tile& tile, T* values, F f) {
   with_storage<T>(x.dtype, [&](auto* type) {
     using Storage = std::remove_pointer_t<decltype(type)>;
     constexpr int n = 16 / sizeof(Storage);
-    Storage* start = start_of<Storage>(x, t);
-    const Pieces mine(x, t, x.vector ? n : 1);
-#pragma unroll 1
-    for (int k = mine.first; k < mine.length; k += mine.step)
-#pragma unroll 1
-      for (int line = mine.line; line < mine.lines; line += mine.line_step) {
-        const T* from = tile + k * mine.next + line * mine.next_line;
-        Storage* to = start + k + line * x.line_stride;
-        if (x.vector) {
-          Piece<Storage> piece;
-          for (int i = 0; i < n; ++i) narrow(from[i * mine.next], piece.at[i]);
-          *reinterpret_cast<Piece<Storage>*>(to) = piece;
-        } else {
-          narrow(*from, *to);
-        }
-      }
+    if (x.pixel_lines) {
+      if (x.vector) f(Copy<T, Storage, n, true, Lines>{x, tile, values});
+      else f(Copy<T, Storage, 1, true, Lines>{x, tile, values});
+    } else {
+      if (x.vector) f(Copy<T, Storage, n, false, Lines>{x, tile, values});
+      else f(Copy<T, Storage, 1, false, Lines>{x, tile, values});
+    }
   });
 }
 
-// Fills what a tile has beside the tensor: channels [channels, end) with `value`, pixels past the last one with zeros.
+// Memory to tile, `absent` where there is nothing in memory.
 template <class T>
-__device__ inline void fill_tile(const Tile& t, int end, T* tile, T value) {
-  const int more = end - t.channels;
-  for (int i = threadIdx.x; i < more * t.count; i += blockDim.x) tile[i / more * t.pitch + t.channels + i % more] = value;
-  for (int i = t.count * t.pitch + threadIdx.x; i < t.width * t.pitch; i += blockDim.x) tile[i] = 0;
+__device__ inline void read_tile(const Array& x, const Tile& tile, T* values, T absent) {
+  with_copy<T, 4>(x, tile, values, [&](const auto& copy) { copy.read(absent); });
 }
 
-// Which pixels of the tile count, as 1 and 0.
 template <class T>
-__device__ inline void read_counts(const Tile& t, T* counts) {
-  for (int p = threadIdx.x; p < t.width; p += blockDim.x)
-    counts[p] = p < t.count && (t.mask == nullptr || t.mask[t.sample * t.pixels + t.begin + p]);
+__device__ inline void write_tile(const Array& x, const Tile& tile, T* values) {
+  with_copy<T, 2>(x, tile, values, [&](const auto& copy) { copy.write(); });
+}
+
+// Whether pixel p of the tile counts.
+__device__ inline bool counted(const Tiling& t, const Tile& tile, int p) {
+  return p < tile.count && (t.mask == nullptr || t.mask[tile.sample * t.pixels + tile.begin + p]);
 }
 
 // ---- sums ----
@@ -261,12 +333,12 @@ constexpr int kMostExchanged = 2;
 // through shared memory: then all threads of the block have to call together.
 template <class T>
 struct Team {
-  int lanes;
+  int lanes, lane_bits;
   T* scratch;  // 2 x kMostExchanged numbers for each warp
   int turn = 0;
 
-  __device__ int pixel() const { return divided(int(threadIdx.x), lanes); }
-  __device__ int pixels_at_once() const { return divided(int(blockDim.x), lanes); }
+  __device__ int pixel() const { return int(threadIdx.x) >> lane_bits; }
+  __device__ int pixels_at_once() const { return int(blockDim.x) >> lane_bits; }
   __device__ int lane() const { return threadIdx.x & (lanes - 1); }
   // f of all values of the team, the same bits in all its threads.
   template <class F, int N>
