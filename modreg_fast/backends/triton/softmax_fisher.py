@@ -304,7 +304,7 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
         # What takes more registers: sums across warps, channels past the last, exchanged gradients, many loads.
         across, padded, scattered = block_c > 32 * elements, block_c > channels, last and elements > 2 * vector
         if backward and not noisy:
-            halvings = (across or padded or not last) + (across and padded) + scattered
+            halvings = (across or padded or not last) + (across and (padded or (last and size == 1))) + scattered
         else:
             halvings = across + (scattered or (backward and last and padded))
         elements = max(1, elements >> halvings)
