@@ -47,11 +47,10 @@ MRF_INLINE Valid<T> valid_pixels(const uint8_t* mask, int pixels) {
   return valid;
 }
 
-// Reads `pixels` (at most a group) of every channel into rows[c] and returns the maximum over the channels. Memory: each element once.
+// Reads `pixels` (at most a group) of every channel into rows[c]. Memory: each element once.
 template <class T, class Storage>
-__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows, Vectors<T>& result) {
+__attribute__((noinline)) void gather(const Storage* p, const View& view, int64_t channels, int pixels, T* rows) {
   constexpr int n = kLanes<T>, group = kGroup;
-  Vectors<T> top;
   if (view.pixel_stride == 1) {
     for (int64_t c = 0; c < channels; ++c, p += view.channel_stride, rows += group) {
       Storage tail[group];
@@ -60,13 +59,8 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
         for (int i = 0; i < group; ++i) tail[i] = i < pixels ? p[i] : Storage{};
         row = tail;
       }
-      for (int v = 0; v < kVectors<T>; ++v) {
-        const V<T> x = Convert<T, Storage>::load(row + v * n);
-        top[v] = c == 0 ? x : maximum<T>(x, top[v]);
-        store<T>(rows + v * n, x);
-      }
+      for (int v = 0; v < kVectors<T>; ++v) store<T>(rows + v * n, Convert<T, Storage>::load(row + v * n));
     }
-    result = top;
     return;
   }
   for (int v = 0; v < kVectors<T>; ++v) {
@@ -88,13 +82,9 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
       }
       transpose<T>(block);
       const int count = whole ? n : int(channels - c);
-      for (int k = 0; k < count; ++k) {
-        top[v] = c + k == 0 ? block[k] : maximum<T>(block[k], top[v]);
-        store<T>(rows + (c + k) * group + v * n, block[k]);
-      }
+      for (int k = 0; k < count; ++k) store<T>(rows + (c + k) * group + v * n, block[k]);
     }
   }
-  result = top;
 }
 
 // Writes rows[c] to `pixels` of every channel, around the caches where the alignment allows. Memory: each element once.
@@ -164,9 +154,9 @@ MRF_INLINE void with_storage(DType dtype, F f) {
 }
 
 template <class T>
-inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows, Vectors<T>& top) {
+inline void gather(DType dtype, const View& view, int64_t sample, int64_t pixel, int64_t channels, int pixels, T* rows) {
   with_storage<T>(dtype, [&](auto* type) {
-    gather<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows, top);
+    gather<T>(decltype(type)(view.data) + sample * view.sample_stride + pixel * view.pixel_stride, view, channels, pixels, rows);
   });
 }
 

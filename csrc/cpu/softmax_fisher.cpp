@@ -61,7 +61,7 @@ class Work {
     const bool computes = valid_pixels > 0 && active_ > 0;
     if (computes && in_rows_ && !noisy_)
       with_storage<T>(tiling_.dtype, [&](auto* type) { pixel = strip_in_place<std::remove_pointer_t<decltype(type)>>(); });
-    while (computes && pixel < unit_.end) pixel = copied(pixel);
+    while (computes && pixel < unit_.end) pixel = copied(pixel, !noisy_);
     if constexpr (Backward)
       clear_others(computes ? active_ : 0);
     else if (!tiling_.samples_as_pixels)
@@ -91,22 +91,23 @@ class Work {
     strip(from, to, streams, unit_.begin, end, done);
     if (Backward) finish_streams();  // before what is not done is written again
     for (int64_t pixel = unit_.begin; pixel < end; pixel += width)
-      if (!done[(pixel - unit_.begin) / width]) copied(pixel);
+      if (!done[(pixel - unit_.begin) / width]) copied(pixel, false);
     return end;
   }
 
-  int64_t copied(int64_t pixel) {
+  // `strips`: whether the group may be a strip.
+  int64_t copied(int64_t pixel, bool strips) {
     const Valid<T> valid = this->valid(pixel);
     Rows<const T> from;
     Rows<T> to;
     for (int a = 0; a < active_; ++a) {
-      Modality<T>& s = modalities_[a];
-      s.y = from.data[a] = group_.features(a), to.data[a] = group_.gradients(a, active_);
+      from.data[a] = group_.features(a), to.data[a] = group_.gradients(a, active_);
       from.stride[a] = to.stride[a] = width;
-      gather<T>(tiling_.dtype, problem_.features[s.tensor], unit_.sample, pixel, tiling_.channels, pixels(pixel), group_.features(a), s.top);
+      const View& features = problem_.features[modalities_[a].tensor];
+      gather<T>(tiling_.dtype, features, unit_.sample, pixel, tiling_.channels, pixels(pixel), group_.features(a));
     }
     bool done = false;
-    if (!noisy_) strip(from, to, false, pixel, pixel + width, &done);
+    if (strips) strip(from, to, false, pixel, pixel + width, &done);
     if (!done) {
       set_weights(pixel);
       group_.any_number(modalities_, active_, valid, noise_blocks(pixel));

@@ -88,7 +88,10 @@ class Group {
     for (int a = 0; a < count; ++a) {
       Modality<T>& s = modalities[a];
       for (int draw = 0; draw < (s.sigma > 0 ? problem_.draws : 1); ++draw) {
-        if (s.sigma > 0) add_noise(features(a), s, draw, blocks);
+        if (s.sigma > 0)
+          add_noise(features(a), s, draw, blocks);
+        else
+          s.y = features(a), s.top = largest(s.y);
         exponentials(s);
         moments(s);
         if constexpr (Backward)
@@ -128,6 +131,17 @@ class Group {
     sum.end();
     for (int v = 0; v < kVectors<T>; ++v) inverse_reference_[v] = T(1) / sum.all[v];
     sum_reference_ = sum.all;
+  }
+
+  // Over the channels of a modality.
+  __attribute__((noinline)) Vectors<T> largest(const T* x) {
+    Vectors<T> top;
+    for (int64_t c = 0; c < channels_; ++c)
+      for (int v = 0; v < kVectors<T>; ++v) {
+        const V<T> here = load<T>(x + c * width + v * n);
+        top[v] = c == 0 ? here : maximum<T>(here, top[v]);
+      }
+    return top;
   }
 
   // y = x + sigma * noise in the rows of noisy features, and its maximum.
