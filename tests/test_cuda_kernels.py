@@ -357,9 +357,9 @@ def test_other_architectures(rng, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize(("stem", "kernels"), [("softmax_fisher", 4), ("gradient_statistics", 2)])
+@pytest.mark.parametrize(("stem", "kernels"), [("softmax_fisher", 8), ("gradient_statistics", 4)])
 def test_nothing_spills(stem, kernels, architecture):
     """Bytes stored and loaded, as ptxas reports them. Tensors of 32 and 16 bits share a kernel."""
-    found = {name: taken.stack for name, taken in assembled(stem, architecture)[1].items() if name.endswith("_float32")}
+    found = {name: taken.stack for name, taken in assembled(stem, architecture)[1].items()}
     assert len(found) == kernels
     assert not any(found.values()), found

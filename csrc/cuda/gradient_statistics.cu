@@ -100,7 +100,7 @@ __device__ void forward(const GradientStatistics& call) {
     if (i > place.first_tile) __syncthreads();
     const Tile tile = tile_at(tiling, place.sample, i);
     const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_tile<T>(call.grads[k], tile, g, T(0));
+    read_tile<T>(call.grads[k], tile, g, T(0));  // not read_planes, which takes more registers here
     if (e) read_tile<T>(call.features[k], tile, e, T(0));
 #pragma unroll 1
     for (int p = threadIdx.x; p < tile.width; p += blockDim.x)

@@ -25,8 +25,8 @@ __device__ inline void box_muller(uint32_t a, uint32_t b, float& first, float& s
 }
 __device__ inline void box_muller(uint32_t a, uint32_t b, double& first, double& second) {
   const double radius = sqrt(-2 * log(fma(double(a), 0x1p-32, 0x1p-33))), angle = double(int32_t(b)) * 0x1p-31;
-  first = radius * cospi(angle);
-  second = radius * sinpi(angle);
+  sincospi(angle, &second, &first);
+  first *= radius, second *= radius;
 }
 
 // The four channels of block g of a tensor's noise.

@@ -85,7 +85,10 @@ struct Pixel {
   }
 
   __device__ void run() const {
-    const int modalities_held = __popcll(held), first = __ffsll(held) - 1;
+    // Neither `first` nor, in float64, the shares are kept from pixel to pixel: no registers are left for them.
+    const int modalities_held = sizeof(T) == 8 ? recomputed(__popcll(held)) : __popcll(held);
+    int first = recomputed(0);
+    while (!(held >> first & 1)) ++first;
     // r = exp(R - max R), from the sum over modalities; q = inverse_r r
     T r[n], sum_r = 0;
     load(first, r);

@@ -136,12 +136,14 @@ __device__ inline void fetch_pair(const double* p, double (&x)[2]) {
   x[0] = pair.x, x[1] = pair.y;
 }
 // As CUDA's own vectors: the compiler takes the store of another struct apart where values come from several lines.
-__device__ inline void store_quad(float* p, const Quad<float>& x) {
-  *reinterpret_cast<float4*>(p) = make_float4(x.at[0], x.at[1], x.at[2], x.at[3]);
-}
+__device__ inline void store_together(float* p, const float (&x)[4]) { *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]); }
+__device__ inline void store_together(double* p, const double (&x)[2]) { *reinterpret_cast<double2*>(p) = make_double2(x[0], x[1]); }
+template <class T>
+__device__ inline void store_together(T* p, const T (&x)[1]) { *p = x[0]; }
+
+__device__ inline void store_quad(float* p, const Quad<float>& x) { store_together(p, x.at); }
 __device__ inline void store_quad(double* p, const Quad<double>& x) {
-  reinterpret_cast<double2*>(p)[0] = make_double2(x.at[0], x.at[1]);
-  reinterpret_cast<double2*>(p)[1] = make_double2(x.at[2], x.at[3]);
+  store_together(p, {x.at[0], x.at[1]}), store_together(p + 2, {x.at[2], x.at[3]});
 }
 
 // N elements of a line.
@@ -186,8 +188,9 @@ __device__ inline void store_words(void* p, const uint32_t (&x)[4]) {
 
 // ---- copies between memory and tile ----
 
-// A thread copies pieces of several lines at once. It reads four: they are on the way together, and cover the latency of the memory. It
-// writes two: enough, and no more registers. Where lines are the pixels of a channel, those are neighbours.
+// A thread copies pieces of several lines at once. It reads as many as elements of a tile are stored together, four of float32: they are on
+// the way together, and cover the latency of the memory. It writes two: enough, and no more registers. Where lines are the pixels of a
+// channel, those are neighbours.
 template <class T, class Storage, int N, bool PixelLines, int Lines>
 struct Copy {
   const Array& x;
@@ -217,24 +220,25 @@ struct Copy {
   __device__ void read(T absent) const {
     each([&](const Storage* from, T* to, int k, int line) {
       if (inside(k, line + (Lines - 1) * next())) {
-        Piece<Storage, N> four[4];
+        Piece<Storage, N> pieces[Lines];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) four[i] = load_piece<Storage, N>(from + i * next() * x.line_stride);
+        for (int i = 0; i < Lines; ++i) pieces[i] = load_piece<Storage, N>(from + i * next() * x.line_stride);
         if constexpr (PixelLines) {
 #pragma unroll
-          for (int j = 0; j < N; ++j)
-            store_quad(to + j * tile.pitch,
-                       Quad<T>{widen<T>(four[0].at[j]), widen<T>(four[1].at[j]), widen<T>(four[2].at[j]), widen<T>(four[3].at[j])});
+          for (int j = 0; j < N; ++j) {
+            T pixel[Lines];
+            for (int i = 0; i < Lines; ++i) pixel[i] = widen<T>(pieces[i].at[j]);
+            store_together(to + j * tile.pitch, pixel);
+          }
         } else {
+          constexpr int together = N < Lines ? N : Lines;
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
+          for (int i = 0; i < Lines; ++i)
 #pragma unroll
-            for (int j = 0; j < N; j += 4) {
-              T* quad = to + i * next() * tile.pitch + j;
-              if constexpr (N >= 4)
-                store_quad(quad, {widen<T>(four[i].at[j]), widen<T>(four[i].at[j + 1]), widen<T>(four[i].at[j + 2]), widen<T>(four[i].at[j + 3])});
-              else
-                for (int l = 0; l < N; ++l) quad[l] = widen<T>(four[i].at[l]);
+            for (int j = 0; j < N; j += together) {
+              T part[together];
+              for (int l = 0; l < together; ++l) part[l] = widen<T>(pieces[i].at[j + l]);
+              store_together(to + i * next() * tile.pitch + j, part);
             }
         }
       } else {
@@ -258,13 +262,13 @@ struct Copy {
         if constexpr (PixelLines) {
 #pragma unroll
           for (int j = 0; j < N; j += 2) {
-            T one[2], other[2];
+            T one[Lines], other[Lines];
             fetch_pair(from + j * tile.pitch, one), fetch_pair(from + (j + 1) * tile.pitch, other);
-            for (int i = 0; i < 2; ++i) narrow_pair(one[i], other[i], words[i] + j * size / 4, to);
+            for (int i = 0; i < Lines; ++i) narrow_pair(one[i], other[i], words[i] + j * size / 4, to);
           }
         } else {
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
+          for (int i = 0; i < Lines; ++i)
 #pragma unroll
             for (int j = 0; j < N; j += 2) {
               T pair[2];
@@ -273,7 +277,7 @@ struct Copy {
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) store_words(to + i * next() * x.line_stride, words[i]);
+        for (int i = 0; i < Lines; ++i) store_words(to + i * next() * x.line_stride, words[i]);
       } else {
 #pragma unroll 1
         for (int i = 0; i < Lines && inside(k, line + i * next()); ++i) {
@@ -312,7 +316,7 @@ __device__ inline void with_copy(const Array& x, const Tile& tile, T* values, F 
 // Memory to tile, `absent` where there is nothing in memory.
 template <class T>
 __device__ inline void read_tile(const Array& x, const Tile& tile, T* values, T absent) {
-  with_copy<T, 4>(x, tile, values, [&](const auto& copy) { copy.read(absent); });
+  with_copy<T, 16 / sizeof(T)>(x, tile, values, [&](const auto& copy) { copy.read(absent); });
 }
 
 template <class T>

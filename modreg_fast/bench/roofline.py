@@ -37,7 +37,9 @@ class Chip:
 #   66.9 TFLOPS in FP32, 33.5 TOPS in INT32 (H100) are multiprocessors x clock x rate x 2. Integer, A100: table "Throughput of Native
 #   Arithmetic Instructions" of the CUDA C++ Programming Guide, as notes on its column 8.0 quote it; so is mufu, A100.
 # - fp32, B200: 80 TFLOPS of NVIDIA's Blackwell brief need 2.1 GHz with it; 75 TFLOPS, which others list, 1.98 GHz.
-# - mufu, H100 and B200, and integer, B200: unsourced (taken to be as on the A100 and H100).
+# - mufu, H100: the same guide, as FlashAttention-3 (arXiv 2407.08608) quotes it for its 3.9 TFLOPS of special functions. B200: as many
+#   units as the H100, says FlashAttention-4 (together.ai/blog/flashattention-4).
+# - integer, B200: unsourced (taken to be as on the H100).
 # - issue: four schedulers a multiprocessor, each one instruction of a warp per clock, as is generally described; not checked.
 # - A100: 108 multiprocessors at 1410 MHz as deviceQuery prints; 2039 GB/s in the data sheet of the 80 GB SXM module.
 # - H100: 132 multiprocessors, 3.35 TB/s in the data sheet; the clock from the peak rate in FP32.
