@@ -100,9 +100,9 @@ struct Kernels {
 constexpr int64_t kRowBytes = 32 * 8;
 
 // Scratch of softmax_fisher: the statistics of every modality, the sums of a strip of pixels, and the rows of a group.
-constexpr int64_t kMostPixels = 512;
+constexpr int64_t kMostPixels = 256;
 constexpr int64_t kModalityBytes = 10 * kRowBytes;
-constexpr int64_t strip_bytes(int64_t modalities) { return (4 + 7 * modalities) * kMostPixels * sizeof(double); }
+constexpr int64_t strip_bytes(int64_t modalities) { return (5 + 8 * modalities) * kMostPixels * sizeof(double); }
 constexpr int64_t softmax_fisher_scratch(int64_t modalities, int64_t channels) {
   return modalities * kModalityBytes + strip_bytes(modalities) + (4 + 2 * modalities) * channels * kRowBytes;
 }

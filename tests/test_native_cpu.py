@@ -18,13 +18,14 @@ def calls():
     shapes = [(2, 48, 61, 67), (2, 64, 16, 16), (2, 130, 5, 3)]
     features = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(3)]
     mask = torch.rand(2, 61, 67) > 0.3
-    information = F.softmax_fisher_information(features, mask=mask, sigma=0.3, samples=2, seed=5, backend="cpu")
-    leaves = [x for row in features for x in row]
-    gradients = torch.autograd.grad(information, leaves, torch.rand_like(information))
+    leaves, results = [x for row in features for x in row], []
+    for noise in ({"sigma": 0.3, "samples": 2, "seed": 5}, {}):
+        information = F.softmax_fisher_information(features, mask=mask, backend="cpu", **noise)
+        results += [information, *torch.autograd.grad(information, leaves, torch.rand_like(information))]
     values = [torch.rand(s[0], *s[2:]) for s in shapes]
     statistics = F.gradient_statistics(features[0], features[1], values, mask=mask, maps=True, backend="cpu")
     more = torch.autograd.grad(statistics.fisher.sum() + statistics.attribution.sum(), [*features[0], *features[1]])
-    return [information, *gradients, statistics.fisher, statistics.attribution, *statistics.fisher_maps, *more]
+    return [*results, statistics.fisher, statistics.attribution, *statistics.fisher_maps, *more]
 
 
 @pytest.fixture
@@ -63,6 +64,33 @@ def test_every_instruction_set_of_this_processor_gives_the_reference(name):
     harness = pytest.importorskip("modreg_fast._native_harness")
     assert detail.endswith(name) == (name in harness.instruction_sets())
     assert max(errors) < 2e-5
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("all_present", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_does_not_depend_on_those_beside_it(dtype, all_present):
+    """While one strip of pixels is computed, those that follow are read: with other modalities, masked out, or shorter."""
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    batch, scales = 12, ((24, 1100), (7, 256))
+    features = [[torch.randn(batch, c, p, 1).to(dtype).requires_grad_() for c, p in scales] for _ in range(3)]
+    mask = torch.rand(batch, 1100, 1) > 0.3
+    mask[:, 256:512], mask[4] = False, False
+    present = None if all_present else torch.rand(batch, 3) > 0.3
+
+    def results(samples):
+        some = [[x[samples] for x in row] for row in features]
+        held = None if present is None else present[samples]
+        information = F.softmax_fisher_information(some, mask=mask[samples], present=held, backend="cpu")
+        return [information, *torch.autograd.grad(information.sum(), [x for row in some for x in row])]
+
+    together = results(slice(None))
+    for b in range(batch):
+        alone = results(slice(b, b + 1))
+        assert torch.equal(together[0][:, :, b : b + 1], alone[0])
+        for x, y in zip(together[1:], alone[1:], strict=True):
+            assert torch.equal(x[b : b + 1], y)
 
 
 def test_forward_allocates_no_tensor_and_backward_only_the_gradients():

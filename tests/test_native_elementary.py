@@ -123,7 +123,7 @@ def plain_softmax_fisher(x, weight, eps):
 
 @instruction_sets
 @pytest.mark.parametrize(("suffix", "dtype", "tolerance"), [("", np.float32, 1e-5), ("_double", np.float64, 1e-12)])
-@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 1, 19, 100), (3, 2, 64, 33), (4, 1, 5, 257), (1, 1, 7, 5)])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 1, 19, 100), (3, 2, 64, 33), (4, 1, 5, 251), (1, 1, 7, 5)])
 def test_pixel_math_of_each_instruction_set(isa, suffix, dtype, tolerance, shape):
     generator = np.random.default_rng(0)
     x = (3 * generator.standard_normal(shape)).astype(dtype)

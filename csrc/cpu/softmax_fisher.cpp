@@ -32,15 +32,16 @@ inline int active_modalities(const SoftmaxFisher& problem, int64_t sample, int* 
 template <class T, bool Backward>
 class Work {
  public:
-  // `next`: the unit that comes after, or the same one; it is only prefetched.
-  Work(const SoftmaxFisher& problem, const Unit& unit, const Unit& next, char* scratch)
+  // `next`, `later`: the two units that the thread takes after this one; without pixels where there is none. `found`: see Strip.
+  Work(const SoftmaxFisher& problem, const Unit& unit, const Unit& next, const Unit& later, char* scratch, const void*& found)
       : problem_(problem),
         unit_(unit),
         next_(next),
+        later_(later),
         tiling_(problem.tilings[unit.tiling]),
         active_(active_modalities(problem, unit.sample, index_)),
         modalities_((Modality<T>*)scratch),
-        strip_(problem, tiling_.channels, active_, scratch += problem.modalities * kModalityBytes),
+        strip_(problem, tiling_.channels, active_, scratch += problem.modalities * kModalityBytes, found),
         group_(problem, tiling_.channels, (T*)(scratch += strip_bytes(problem.modalities))) {
     for (int a = 0; a < active_; ++a) {
       Modality<T>& s = modalities_[a];
@@ -79,10 +80,17 @@ class Work {
     Rows<const Storage> from;
     Rows<Storage> to;
     bool streams = true;
+    if (next_.tiling == unit_.tiling && (next_.sample == unit_.sample || !problem_.present) && next_.end - next_.begin <= end - unit_.begin)
+      from.next_pixels = (next_.end - next_.begin) / width * width;
+    const bool prefetches = later_.tiling == unit_.tiling && later_.begin < later_.end;
     for (int a = 0; a < active_; ++a) {
       const int tensor = modalities_[a].tensor;
       from.data[a] = at<const Storage>(problem_.features[tensor], unit_), from.stride[a] = problem_.features[tensor].channel_stride;
-      if (next_.tiling == unit_.tiling) from.next[a] = at<const Storage>(problem_.features[tensor], next_) - from.data[a];
+      if (from.next_pixels > 0) {
+        const Storage* next = at<const Storage>(problem_.features[tensor], next_);
+        from.next[a] = next - from.data[a];
+        from.ahead[a] = prefetches ? at<const Storage>(problem_.features[tensor], later_) - next : Strip<T, Backward>::block * from.stride[a];
+      }
       if (!Backward) continue;
       to.data[a] = at<Storage>(problem_.gradients[tensor], unit_), to.stride[a] = problem_.gradients[tensor].channel_stride;
       streams = streams && aligned<T>(to.data[a], to.stride[a]);
@@ -196,7 +204,7 @@ class Work {
   }
 
   const SoftmaxFisher& problem_;
-  const Unit &unit_, &next_;
+  const Unit &unit_, &next_, &later_;
   const Tiling& tiling_;
   int index_[kMaxModalities];
   const int active_;
@@ -211,14 +219,19 @@ void run(const SoftmaxFisher& problem, int64_t* counter, void* scratch) {
   const auto after = [&](int64_t unit) {
     return (unit + 1) % problem.neighbours ? unit + 1 : problem.neighbours * __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
   };
-  for (int64_t next, unit = after(-1); unit < problem.units; unit = next) {
-    next = after(unit);
-    const Unit here = locate(problem.tilings, problem.scales, unit);
-    const Unit there = next < problem.units ? locate(problem.tilings, problem.scales, next) : here;
+  const void* found = nullptr;
+  int64_t unit = after(-1), next = after(unit);
+  while (unit < problem.units) {
+    // Where units are few, none is taken so early that another thread may have nothing to do.
+    const int64_t later = problem.neighbours > 1 ? after(next) : problem.units;
+    const Unit here = locate(problem.tilings, problem.scales, unit), none = {here.tiling, here.sample, here.begin, here.begin};
+    const Unit there = next < problem.units ? locate(problem.tilings, problem.scales, next) : none;
+    const Unit then = later < problem.units ? locate(problem.tilings, problem.scales, later) : none;
     if (problem.tilings[here.tiling].dtype == DType::float64)
-      Work<double, Backward>(problem, here, there, (char*)scratch).run();
+      Work<double, Backward>(problem, here, there, then, (char*)scratch, found).run();
     else
-      Work<float, Backward>(problem, here, there, (char*)scratch).run();
+      Work<float, Backward>(problem, here, there, then, (char*)scratch, found).run();
+    unit = next, next = problem.neighbours > 1 ? later : after(next);
   }
   if constexpr (Backward) finish_streams();
 }

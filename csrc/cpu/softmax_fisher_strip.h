@@ -14,9 +14,9 @@
 // much does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2), e_m = h_m^2 and
 // e_R = k h_0 h_1, where k = exp((max x_0 + max x_1) / 2 - max R).
 //
-// Memory: one pass over the rows finds the maxima, one takes the sums, one writes the gradients, around the caches where the alignment
-// allows. The first reads from memory what was not prefetched; the others read from L2. Prefetched are the rows of the next unit, by the
-// pass over the sums, which has the most arithmetic to hide them behind. What is kept per pixel stays in L1 or L2.
+// Memory: one pass over the rows takes the sums, one writes the gradients, around the caches where the alignment allows. Three strips are on
+// the way at once: while the sums of one are taken, the maxima of the next are found, and the one after that is prefetched; so nothing waits
+// for memory, and there is arithmetic to hide all reading behind. All three fit in L2, with what is kept per pixel.
 //
 // Work: pixels are lanes. A step takes 8 channels (2 for the gradients) of every modality for one register of pixels.
 #pragma once
@@ -27,11 +27,12 @@ namespace mrf {
 namespace MRF_ISA {
 namespace {
 
-// Rows of every active modality: channel c of modality a starts at data[a] + c * stride[a], and in the next unit next[a] further on.
+// Rows of every active modality: channel c of modality a starts at data[a] + c * stride[a]. The next strip, if it has any pixels, lies
+// next[a] further on, and what to prefetch meanwhile ahead[a] beyond that.
 template <class Storage>
 struct Rows {
   Storage* data[kMaxModalities];
-  int64_t stride[kMaxModalities], next[kMaxModalities] = {};
+  int64_t stride[kMaxModalities], next[kMaxModalities] = {}, ahead[kMaxModalities] = {}, next_pixels = 0;
 };
 
 // Of one register of pixels. Sums first; statistics() turns them into what gradients() needs.
@@ -56,17 +57,22 @@ struct ModalitySums {
 template <class T, bool Backward>
 class Strip {
  public:
-  // `memory`: strip_bytes().
-  Strip(const SoftmaxFisher& problem, int64_t channels, int active, char* memory)
-      : problem_(problem), channels_(channels), active_(active), memory_(memory) {}
+  static constexpr int64_t block = 8;  // channels of a step over the sums
 
-  // Takes the sums of `pixels`, a multiple of a group.
+  // `memory`: strip_bytes(); `found`: where the rows start whose maxima are there, null at first.
+  Strip(const SoftmaxFisher& problem, int64_t channels, int active, char* memory, const void*& found)
+      : problem_(problem), channels_(channels), active_(active), memory_(memory), found_(found) {}
+
+  // Takes the sums of `pixels`, a multiple of a group, and finds the maxima of the next strip.
   template <class Storage>
   void sums(const Rows<const Storage>& rows, int64_t pixels) {
     with_count([&](auto count) {
-      for (int64_t c = 0; c < channels_; c += block) find_maxima<Storage, count()>(rows, c, block_end(c), pixels);
+      if (found_ != rows.data[0])
+        for (int64_t c = 0; c < channels_; c += block) find_maxima<Storage, count()>(rows, c, block_end(c), pixels);
+      start<count()>(pixels);
       for (int64_t c = 0; c < channels_; c += block) add_channels<Storage, count()>(rows, c, block_end(c), pixels);
     });
+    found_ = rows.next_pixels > 0 ? rows.data[0] + rows.next[0] : nullptr;
   }
 
   // From the sums of the group that starts at `pixel`: n and cross_entropy of every modality, and the coefficients of gradients(). False
@@ -117,7 +123,6 @@ class Strip {
 
  private:
   static constexpr int n = kLanes<T>;
-  static constexpr int64_t block = 8;
   template <int M> static constexpr int most = M > 0 ? M : kMaxModalities;
   // Of a logarithm: its exponential is exp2, of two modalities exp2 squared.
   template <int M> static constexpr T unit = T(1.44269504088896340736) / (M == 2 ? 2 : 1);
@@ -178,38 +183,56 @@ class Strip {
     }
   };
 
-  // Raises the maxima by channels from `begin` to `end`; after the last, the sums are empty.
+  // The largest values so far, none where `begin` is 0: of every modality, then of the sum of all.
+  template <int M>
+  struct Maxima {
+    V<T> top[most<M> + 1];
+
+    MRF_INLINE Maxima(const V<T>* found, int count, int64_t begin) {
+      for (int a = 0; a <= count; ++a) top[a] = begin == 0 ? broadcast(-T(__builtin_inf())) : found[a];
+    }
+    template <class Storage>
+    MRF_INLINE void raise(const Values<Storage, M>& values, int count) {
+      for (int a = 0; a < count; ++a) top[a] = maximum<T>(values.x[a], top[a]);
+      top[count] = maximum<T>(values.total, top[count]);
+    }
+    MRF_INLINE void keep(V<T>* found, int count) const {
+      for (int a = 0; a <= count; ++a) found[a] = top[a];
+    }
+  };
+
+  // Finds the maxima of a strip that has none before it, in the channels from `begin` to `end`.
   template <class Storage, int M>
   __attribute__((noinline)) void find_maxima(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
     const int count = this->count<M>();
     const Cursor<const Storage, M> from(rows, count, 0);
     for (int64_t i = 0; i < pixels; i += n) {
-      ReferenceSums<T>& r = reference(i);
-      ModalitySums<T>* sums = &modality(i, 0);
-      V<T> top[most<M>], top_total = begin == 0 ? broadcast(lowest) : r.shift;
-      for (int a = 0; a < count; ++a) top[a] = begin == 0 ? broadcast(lowest) : sums[a].shift;
+      Maxima<M> maxima(this->maxima(i), count, begin);
       for (int64_t c = begin; c < end; ++c) {
-        const Values<Storage, M> values(from, count, c, i);
-        top_total = maximum<T>(values.total, top_total);
-        for (int a = 0; a < count; ++a) {
-          prefetch(from.at(a, c + block, i));
-          top[a] = maximum<T>(values.x[a], top[a]);
-        }
+        for (int a = 0; a < count; ++a) prefetch(from.at(a, c + block, i));
+        maxima.raise(Values<Storage, M>(from, count, c, i), count);
       }
-      if (end < channels_) {
-        r.shift = top_total;
-        for (int a = 0; a < count; ++a) sums[a].shift = top[a];
-        continue;
-      }
-      for (int a = 0; a < count; ++a) {
-        sums[a].shift = top[a];
-        sums[a].gap = sums[a].distance = sums[a].square = sums[a].cross = V<T>{};
-      }
+      maxima.keep(this->maxima(i), count);
+    }
+  }
+
+  // Empty sums, from the maxima.
+  template <int M>
+  void start(int64_t pixels) {
+    const int count = this->count<M>();
+    for (int64_t i = 0; i < pixels; i += n) {
+      const V<T>* top = maxima(i);
+      ReferenceSums<T>& r = reference(i);
       if constexpr (M == 2)
-        r.shift = exp2<T>((top[0] + top[1] - top_total) * unit<M>);
+        r.shift = exp2<T>((top[0] + top[1] - top[2]) * unit<M>);
       else
-        r.shift = mean_of<T>(top_total, count);
+        r.shift = mean_of<T>(top[count], count);
       r.sum = r.square = V<T>{};
+      for (int a = 0; a < count; ++a) {
+        ModalitySums<T>& s = modality(i, a);
+        s.shift = top[a];
+        s.gap = s.distance = s.square = s.cross = V<T>{};
+      }
     }
   }
 
@@ -218,11 +241,13 @@ class Strip {
   __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
     const int count = this->count<M>();
     const Cursor<const Storage, M> from(rows, count, 0);
-    int64_t next[most<M>];
-    for (int a = 0; a < count; ++a) next[a] = rows.next[a];
+    Cursor<const Storage, M> next(rows, count, 0);
+    int64_t ahead[most<M>];
+    for (int a = 0; a < count; ++a) next.data[a] += rows.next[a], ahead[a] = rows.ahead[a];
     for (int64_t i = 0; i < pixels; i += n) {
       ReferenceSums<T>& r = reference(i);
       ModalitySums<T>* sums = &modality(i, 0);
+      Maxima<M> maxima(this->maxima(i), count, begin);
       V<T> sum = {}, square = {}, gap[most<M>], distance[most<M>], squares[most<M>], cross[most<M>];
       for (int a = 0; a < count; ++a) gap[a] = distance[a] = squares[a] = cross[a] = V<T>{};
       for (int64_t c = begin; c < end; ++c) {
@@ -230,17 +255,19 @@ class Strip {
         sum += at_c.reference;
         square = fused<T>(at_c.reference, at_c.reference, square);
         for (int a = 0; a < count; ++a) {
-          prefetch(from.at(a, c, i + next[a]));
+          prefetch(next.at(a, c, i + ahead[a]));
           const V<T> g = at_c.e[a] - at_c.reference;
           gap[a] += g;
           distance[a] = fused<T>(at_c.reference, at_c.logarithm[a], distance[a]);
           squares[a] = fused<T>(g, g, squares[a]);
           cross[a] = fused<T>(g, at_c.reference, cross[a]);
         }
+        maxima.raise(Values<Storage, M>(next, count, c, i), count);
       }
       r.sum += sum, r.square += square;
       for (int a = 0; a < count; ++a)
         sums[a].gap += gap[a], sums[a].distance += distance[a], sums[a].square += squares[a], sums[a].cross += cross[a];
+      if (i < rows.next_pixels) maxima.keep(this->maxima(i), count);
     }
   }
 
@@ -281,13 +308,16 @@ class Strip {
   MRF_INLINE ModalitySums<T>& modality(int64_t i, int a) {
     return ((ModalitySums<T>*)(memory_ + i / n * register_bytes() + sizeof(ReferenceSums<T>)))[a];
   }
-  MRF_INLINE int64_t register_bytes() const { return sizeof(ReferenceSums<T>) + active_ * sizeof(ModalitySums<T>); }
+  MRF_INLINE V<T>* maxima(int64_t i) { return (V<T>*)&modality(i, active_); }
+  MRF_INLINE int64_t register_bytes() const {
+    return sizeof(ReferenceSums<T>) + active_ * sizeof(ModalitySums<T>) + (active_ + 1) * sizeof(V<T>);
+  }
 
-  static constexpr T lowest = -T(__builtin_inf());
   const SoftmaxFisher& problem_;
   const int64_t channels_;
   const int active_;
   char* const memory_;
+  const void*& found_;
 };
 
 }  // namespace
