@@ -73,9 +73,9 @@ def test_a_sample_does_not_depend_on_those_beside_it(dtype, all_present):
     """While one strip of pixels is computed, those that follow are read: with other modalities, masked out, or shorter."""
     torch.manual_seed(1)
     torch.set_num_threads(1)
-    batch, scales = 12, ((24, 1100), (7, 256))
+    batch, scales = 12, ((24, 1088), (7, 300))
     features = [[torch.randn(batch, c, p, 1).to(dtype).requires_grad_() for c, p in scales] for _ in range(3)]
-    mask = torch.rand(batch, 1100, 1) > 0.3
+    mask = torch.rand(batch, 1088, 1) > 0.3
     mask[:, 256:512], mask[4] = False, False
     present = None if all_present else torch.rand(batch, 3) > 0.3
 
