@@ -12,7 +12,7 @@
 // Work: a unit is a tile of pixels of one sample at one scale, all channels and all present modalities; threads take units from a shared
 // counter and each result has a place of its own, so any number of threads gives the same bits. They take a few neighbours at a time, so
 // that what the processor itself prefetches past the end of a row is of use. A unit is computed as a strip (softmax_fisher_strip.h) of at
-// most 512 pixels; what a strip cannot do, by groups (softmax_fisher_group.h).
+// most 256 pixels; what a strip cannot do, by groups (softmax_fisher_group.h).
 #include "softmax_fisher_strip.h"
 
 namespace mrf {
@@ -89,7 +89,8 @@ class Work {
       if (from.next_pixels > 0) {
         const Storage* next = at<const Storage>(problem_.features[tensor], next_);
         from.next[a] = next - from.data[a];
-        from.ahead[a] = prefetches ? at<const Storage>(problem_.features[tensor], later_) - next : Strip<T, Backward>::block * from.stride[a];
+        const int64_t a_block = Strip<T, Backward>::block * from.stride[a];
+        from.ahead[a] = prefetches ? at<const Storage>(problem_.features[tensor], later_) - next : a_block;
       }
       if (!Backward) continue;
       to.data[a] = at<Storage>(problem_.gradients[tensor], unit_), to.stride[a] = problem_.gradients[tensor].channel_stride;

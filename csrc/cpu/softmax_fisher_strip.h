@@ -10,13 +10,13 @@
 //   N = sum (p_m - q)^2 = (A - 2 r B + r^2 Q) / (S + G)^2        f = log(S + G) - D / S
 //   sum p_m (p_m - q)   = (A + B - r (B + Q)) / (S + G)^2
 //
-// Nearly equal modalities have nearly equal maxima, so g is small where p_m - q is, and little cancels; statistics() finds the pixels where
-// much does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2), e_m = h_m^2 and
-// e_R = k h_0 h_1, where k = exp((max x_0 + max x_1) / 2 - max R).
+// Nearly equal modalities have nearly equal maxima, so g is small where p_m - q is, and little cancels; statistics() finds the pixels
+// where much does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2),
+// e_m = h_m^2 and e_R = k h_0 h_1, where k = exp((max x_0 + max x_1) / 2 - max R).
 //
-// Memory: one pass over the rows takes the sums, one writes the gradients, around the caches where the alignment allows. Three strips are on
-// the way at once: while the sums of one are taken, the maxima of the next are found, and the one after that is prefetched; so nothing waits
-// for memory, and there is arithmetic to hide all reading behind. All three fit in L2, with what is kept per pixel.
+// Memory: one pass over the rows takes the sums, one writes the gradients, around the caches where the alignment allows. Three strips are
+// on the way at once: while the sums of one are taken, the maxima of the next are found, and the one after that is prefetched. So reading
+// hides behind arithmetic, and nothing waits for memory but the first strip. Narrow ones lie in L2, all three.
 //
 // Work: pixels are lanes. A step takes 8 channels (2 for the gradients) of every modality for one register of pixels.
 #pragma once
@@ -67,10 +67,9 @@ class Strip {
   template <class Storage>
   void sums(const Rows<const Storage>& rows, int64_t pixels) {
     with_count([&](auto count) {
-      if (found_ != rows.data[0])
-        for (int64_t c = 0; c < channels_; c += block) find_maxima<Storage, count()>(rows, c, block_end(c), pixels);
+      if (found_ != rows.data[0]) find_maxima<Storage, count()>(rows, pixels);
       start<count()>(pixels);
-      for (int64_t c = 0; c < channels_; c += block) add_channels<Storage, count()>(rows, c, block_end(c), pixels);
+      for (int64_t c = 0; c < channels_; c += block) add_channels<Storage, count()>(rows, c, smaller(c + block, channels_), pixels);
     });
     found_ = rows.next_pixels > 0 ? rows.data[0] + rows.next[0] : nullptr;
   }
@@ -136,7 +135,7 @@ class Strip {
     f(std::integral_constant<int, 0>{});
   }
   template <int M> MRF_INLINE int count() const { return M > 0 ? M : active_; }
-  int64_t block_end(int64_t channel) const { return channel + block < channels_ ? channel + block : channels_; }
+  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // A copy of rows that stays in registers.
   template <class Storage, int M>
@@ -201,17 +200,14 @@ class Strip {
     }
   };
 
-  // Finds the maxima of a strip that has none before it, in the channels from `begin` to `end`.
+  // Finds the maxima of a strip that has none before it.
   template <class Storage, int M>
-  __attribute__((noinline)) void find_maxima(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
+  __attribute__((noinline)) void find_maxima(const Rows<const Storage>& rows, int64_t pixels) {
     const int count = this->count<M>();
     const Cursor<const Storage, M> from(rows, count, 0);
     for (int64_t i = 0; i < pixels; i += n) {
-      Maxima<M> maxima(this->maxima(i), count, begin);
-      for (int64_t c = begin; c < end; ++c) {
-        for (int a = 0; a < count; ++a) prefetch(from.at(a, c + block, i));
-        maxima.raise(Values<Storage, M>(from, count, c, i), count);
-      }
+      Maxima<M> maxima(this->maxima(i), count, 0);
+      for (int64_t c = 0; c < channels_; ++c) maxima.raise(Values<Storage, M>(from, count, c, i), count);
       maxima.keep(this->maxima(i), count);
     }
   }
@@ -241,12 +237,22 @@ class Strip {
   __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
     const int count = this->count<M>();
     const Cursor<const Storage, M> from(rows, count, 0);
-    Cursor<const Storage, M> next(rows, count, 0);
-    int64_t ahead[most<M>];
-    for (int a = 0; a < count; ++a) next.data[a] += rows.next[a], ahead[a] = rows.ahead[a];
+    Cursor<const Storage, M> next(rows, count, 0), ahead(rows, count, 0);
+    for (int a = 0; a < count; ++a) next.data[a] += rows.next[a], ahead.data[a] += rows.next[a] + rows.ahead[a];
+    // As many registers of pixels are prefetched in a step as are read, but of one modality after the other: rows of several tensors often
+    // lie in the same banks of the memory, where one closes the other's page.
+    int of = 0;
+    int64_t at = 0;
     for (int64_t i = 0; i < pixels; i += n) {
       ReferenceSums<T>& r = reference(i);
       ModalitySums<T>* sums = &modality(i, 0);
+      const Storage* line[most<M>];
+      int64_t line_stride[most<M>];
+      for (int a = 0; a < count; ++a) {
+        line[a] = ahead.at(of, 0, at), line_stride[a] = ahead.stride[of];
+        at += n;
+        if (at == pixels) at = 0, ++of;
+      }
       Maxima<M> maxima(this->maxima(i), count, begin);
       V<T> sum = {}, square = {}, gap[most<M>], distance[most<M>], squares[most<M>], cross[most<M>];
       for (int a = 0; a < count; ++a) gap[a] = distance[a] = squares[a] = cross[a] = V<T>{};
@@ -255,7 +261,7 @@ class Strip {
         sum += at_c.reference;
         square = fused<T>(at_c.reference, at_c.reference, square);
         for (int a = 0; a < count; ++a) {
-          prefetch(next.at(a, c, i + ahead[a]));
+          prefetch(line[a] + c * line_stride[a]);
           const V<T> g = at_c.e[a] - at_c.reference;
           gap[a] += g;
           distance[a] = fused<T>(at_c.reference, at_c.logarithm[a], distance[a]);

@@ -199,32 +199,45 @@ MRF_INLINE void finish_streams() {
 
 MRF_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// ---- transpose of an N x N block of registers: log2(N) rounds of interleaving register i with register i + N/2 ----
+// ---- transpose of an N x N block of registers, in place ----
 
-template <class T, int... K>
-MRF_INLINE V<T> interleave_low(V<T> a, V<T> b, std::integer_sequence<int, K...>) {
-  return __builtin_shufflevector(a, b, (K / 2 + (K % 2) * kLanes<T>)...);
+// Pieces of 16 bytes, which most shuffles do not cross. Of two registers, element by element: the low or the high halves of their pieces,
+// interleaved; or their even or odd pieces, one after the other.
+template <class T> constexpr int kPiece = 16 / sizeof(T);
+
+template <class T, int High, int... K>
+MRF_INLINE V<T> interleave_halves(V<T> a, V<T> b, std::integer_sequence<int, K...>) {
+  constexpr int piece = kPiece<T>;
+  return __builtin_shufflevector(a, b, (K / piece * piece + High * piece / 2 + K % piece / 2 + K % 2 * kLanes<T>)...);
 }
-template <class T, int... K>
-MRF_INLINE V<T> interleave_high(V<T> a, V<T> b, std::integer_sequence<int, K...>) {
-  return __builtin_shufflevector(a, b, (K / 2 + kLanes<T> / 2 + (K % 2) * kLanes<T>)...);
+template <class T, int Odd, int... K>
+MRF_INLINE V<T> alternate_pieces(V<T> a, V<T> b, std::integer_sequence<int, K...>) {
+  constexpr int piece = kPiece<T>;
+  return __builtin_shufflevector(a, b, ((2 * (K / piece) + Odd) * piece + K % piece)...);
 }
 
+// Each round exchanges a bit of the register's number with one of the lane's: first those within a piece, the higher ones first, then those
+// of the piece, the lower ones first.
 template <class T>
 MRF_INLINE void transpose(V<T> (&rows)[kLanes<T>]) {
   constexpr int n = kLanes<T>;
   constexpr auto lanes = std::make_integer_sequence<int, n>{};
-#pragma GCC unroll 4
-  for (int round = 1; round < n; round *= 2) {
-    V<T> next[n];
+  const auto exchange = [&](int step, auto low, auto high) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = interleave_low<T>(rows[i], rows[i + n / 2], lanes);
-      next[2 * i + 1] = interleave_high<T>(rows[i], rows[i + n / 2], lanes);
+    for (int k = 0; k < n / 2; ++k) {
+      V<T>&a = rows[k / step * 2 * step + k % step], &b = rows[k / step * 2 * step + k % step + step];
+      const V<T> first = low(a, b);
+      b = high(a, b), a = first;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
+  };
+#pragma GCC unroll 4
+  for (int step = kPiece<T> / 2; step >= 1; step /= 2)
+    exchange(step, [&](V<T> a, V<T> b) { return interleave_halves<T, 0>(a, b, lanes); },
+             [&](V<T> a, V<T> b) { return interleave_halves<T, 1>(a, b, lanes); });
+#pragma GCC unroll 4
+  for (int step = kPiece<T>; step < n; step *= 2)
+    exchange(step, [&](V<T> a, V<T> b) { return alternate_pieces<T, 0>(a, b, lanes); },
+             [&](V<T> a, V<T> b) { return alternate_pieces<T, 1>(a, b, lanes); });
 }
 
 }  // namespace MRF_ISA
