@@ -12,6 +12,12 @@ constexpr int kGroup = 2 * kLanes<float>;
 static_assert(kGroup * sizeof(double) <= kRowBytes, "scratch is large enough");
 template <class T> constexpr int kVectors = kGroup / kLanes<T>;
 
+// What a thread reads next of one modality, to be prefetched while it computes: of channel c what starts at data + c * stride (bytes).
+struct Ahead {
+  const char* data;
+  int64_t stride;
+};
+
 // One register per vector of a group. Local copies stay in registers, where a member would be loaded again after every store.
 template <class T>
 struct Vectors {
@@ -63,26 +69,28 @@ __attribute__((noinline)) void gather(const Storage* p, const View& view, int64_
     }
     return;
   }
+  const int64_t last_block = channels > n ? channels - n : 0;  // early enough to be a whole one, if there are so many channels
   for (int v = 0; v < kVectors<T>; ++v) {
     const Storage* pixel = p + v * n * view.pixel_stride;
-    const int here = pixels - v * n;
+    const int here = pixels - v * n < n ? pixels - v * n : n;
     for (int64_t c = 0; c < channels; c += n) {
-      V<T> block[n];
-      const bool whole = c + n <= channels;
-      for (int i = 0; i < n; ++i) {
-        Storage tail[n] = {};
-        const Storage* source = pixel + i * view.pixel_stride + c;
-        prefetch(source + group * view.pixel_stride);  // of the next group
-        if (i >= here || !whole) {
-          if (i < here)
-            for (int64_t k = c; k < channels; ++k) tail[k - c] = source[k - c];
-          source = tail;
-        }
-        block[i] = Convert<T, Storage>::load(source);
+      if (c > last_block) c = last_block;
+      const int count = c + n <= channels ? n : int(channels - c);
+      const Storage* source = pixel + c;
+      int64_t stride = view.pixel_stride;
+      Storage edge[n * n];
+      if (here < n || count < n) {
+        for (int i = 0; i < n; ++i)
+          for (int k = 0; k < n; ++k) edge[i * n + k] = i < here && k < count ? source[i * stride + k] : Storage{};
+        source = edge, stride = n;
       }
+      V<T> block[n];  // in registers: constant indices only
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) block[i] = Convert<T, Storage>::load(source + i * stride);
       transpose<T>(block);
-      const int count = whole ? n : int(channels - c);
-      for (int k = 0; k < count; ++k) store<T>(rows + (c + k) * group + v * n, block[k]);
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k)
+        if (k < count) store<T>(rows + (c + k) * group + v * n, block[k]);
     }
   }
 }
@@ -105,18 +113,23 @@ __attribute__((noinline)) void scatter(Storage* p, const View& view, int64_t cha
     }
     return;
   }
-  const bool streams = !(uintptr_t(p) & unaligned) && !(view.pixel_stride * sizeof(Storage) & unaligned);
+  const int64_t last_block = channels > n ? channels - n : 0;  // as in gather
+  const bool streams = channels % n == 0 && !(uintptr_t(p) & unaligned) && !(view.pixel_stride * sizeof(Storage) & unaligned);
   for (int v = 0; v < kVectors<T>; ++v) {
     Storage* pixel = p + v * n * view.pixel_stride;
     const int here = pixels - v * n < n ? pixels - v * n : n;
     for (int64_t c = 0; c < channels; c += n) {
+      if (c > last_block) c = last_block;
       const int count = c + n <= channels ? n : int(channels - c);
-      V<T> block[n];
+      V<T> block[n];  // in registers: constant indices only
+#pragma GCC unroll 16
       for (int k = 0; k < n; ++k) block[k] = k < count ? load<T>(rows + (c + k) * group + v * n) : V<T>{};
       transpose<T>(block);
-      for (int i = 0; i < here; ++i) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        if (i >= here) break;
         Storage* target = pixel + i * view.pixel_stride + c;
-        if (streams && count == n) {
+        if (streams) {
           stream<T, Storage>(target, block[i]);
         } else {
           Storage narrow[n];

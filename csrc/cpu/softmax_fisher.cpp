@@ -85,13 +85,12 @@ class Work {
     const bool prefetches = later_.tiling == unit_.tiling && later_.begin < later_.end;
     for (int a = 0; a < active_; ++a) {
       const int tensor = modalities_[a].tensor;
-      from.data[a] = at<const Storage>(problem_.features[tensor], unit_), from.stride[a] = problem_.features[tensor].channel_stride;
-      if (from.next_pixels > 0) {
-        const Storage* next = at<const Storage>(problem_.features[tensor], next_);
-        from.next[a] = next - from.data[a];
-        const int64_t a_block = Strip<T, Backward>::block * from.stride[a];
-        from.ahead[a] = prefetches ? at<const Storage>(problem_.features[tensor], later_) - next : a_block;
-      }
+      const View& features = problem_.features[tensor];
+      from.data[a] = at<const Storage>(features, unit_), from.stride[a] = features.channel_stride;
+      if (from.next_pixels > 0) from.next[a] = at<const Storage>(features, next_) - from.data[a];
+      const int64_t next_block = from.next[a] + Strip<T, Backward>::block * from.stride[a];
+      const Storage* ahead = prefetches ? at<const Storage>(features, later_) : from.data[a] + next_block;
+      from.ahead[a] = {(const char*)ahead, from.stride[a] * int64_t(sizeof(Storage))};
       if (!Backward) continue;
       to.data[a] = at<Storage>(problem_.gradients[tensor], unit_), to.stride[a] = problem_.gradients[tensor].channel_stride;
       streams = streams && aligned<T>(to.data[a], to.stride[a]);
@@ -114,6 +113,7 @@ class Work {
       from.stride[a] = to.stride[a] = width;
       const View& features = problem_.features[modalities_[a].tensor];
       gather<T>(tiling_.dtype, features, unit_.sample, pixel, tiling_.channels, pixels(pixel), group_.features(a));
+      modalities_[a].ahead = from.ahead[a] = after_group(features, pixel);
     }
     bool done = false;
     if (strips) strip(from, to, false, pixel, pixel + width, &done);
@@ -124,6 +124,19 @@ class Work {
     }
     for (int a = 0; Backward && a < active_; ++a) scatter(modalities_[a].tensor, pixel, to.data[a]);
     return pixel + width;
+  }
+
+  // What is copied after the group at `pixel`.
+  Ahead after_group(const View& features, int64_t pixel) const {
+    Ahead ahead;
+    with_storage<T>(tiling_.dtype, [&](auto* type) {
+      using Storage = std::remove_pointer_t<decltype(type)>;
+      const bool same_unit = pixel + width < unit_.end || next_.tiling != unit_.tiling;
+      const Storage* here = at<const Storage>(features, unit_) + (pixel + width - unit_.begin) * features.pixel_stride;
+      ahead.data = (const char*)(same_unit ? here : at<const Storage>(features, next_));
+      ahead.stride = (features.pixel_stride == 1 ? features.channel_stride : width) * sizeof(Storage);
+    });
+    return ahead;
   }
 
   // Pixels from `begin` to `end`, a multiple of a group; which groups are done.

@@ -20,6 +20,7 @@ struct Modality {
   double sigma;
   T repeats;               // draws that are the same
   const T *y, *e;          // e = exp(y - top)
+  Ahead ahead;
   Vectors<T> top;          // max_c y
   Vectors<T> inverse_sum;  // 1 / sum_c e
   Vectors<T> ratio;        // sum_c e / sum_c e_R: d = (e - ratio e_R) inverse_sum, exactly 0 where the modality equals the mean
@@ -182,9 +183,11 @@ class Group {
     const T *y = s.y, *e_r = e_reference();
     T* e_y = rows(1);
     const Vectors<T> top = s.top;
+    const Ahead ahead = s.ahead;
     Sums<T> sum, distance;
     for (int64_t c = 0; c < channels_; ++c, sum.end_channel(c), distance.end_channel(c)) {
       for (int v = 0; v < kVectors<T>; ++v) {
+        prefetch(ahead.data + c * ahead.stride + v * kRegisterBytes);
         const int64_t i = c * width + v * n;
         const V<T> shifted = load<T>(y + i) - top[v];
         const V<T> e = exp2<T>(shifted * log2_e);

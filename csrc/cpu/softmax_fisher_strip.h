@@ -28,11 +28,12 @@ namespace MRF_ISA {
 namespace {
 
 // Rows of every active modality: channel c of modality a starts at data[a] + c * stride[a]. The next strip, if it has any pixels, lies
-// next[a] further on, and what to prefetch meanwhile ahead[a] beyond that.
+// next[a] further on. What is ahead is as long as the strip.
 template <class Storage>
 struct Rows {
   Storage* data[kMaxModalities];
-  int64_t stride[kMaxModalities], next[kMaxModalities] = {}, ahead[kMaxModalities] = {}, next_pixels = 0;
+  int64_t stride[kMaxModalities], next[kMaxModalities] = {}, next_pixels = 0;
+  Ahead ahead[kMaxModalities];
 };
 
 // Of one register of pixels. Sums first; statistics() turns them into what gradients() needs.
@@ -237,8 +238,8 @@ class Strip {
   __attribute__((noinline)) void add_channels(const Rows<const Storage>& rows, int64_t begin, int64_t end, int64_t pixels) {
     const int count = this->count<M>();
     const Cursor<const Storage, M> from(rows, count, 0);
-    Cursor<const Storage, M> next(rows, count, 0), ahead(rows, count, 0);
-    for (int a = 0; a < count; ++a) next.data[a] += rows.next[a], ahead.data[a] += rows.next[a] + rows.ahead[a];
+    Cursor<const Storage, M> next(rows, count, 0);
+    for (int a = 0; a < count; ++a) next.data[a] += rows.next[a];
     // As many registers of pixels are prefetched in a step as are read, but of one modality after the other: rows of several tensors often
     // lie in the same banks of the memory, where one closes the other's page.
     int of = 0;
@@ -246,10 +247,9 @@ class Strip {
     for (int64_t i = 0; i < pixels; i += n) {
       ReferenceSums<T>& r = reference(i);
       ModalitySums<T>* sums = &modality(i, 0);
-      const Storage* line[most<M>];
-      int64_t line_stride[most<M>];
+      Ahead ahead[most<M>];
       for (int a = 0; a < count; ++a) {
-        line[a] = ahead.at(of, 0, at), line_stride[a] = ahead.stride[of];
+        ahead[a] = {rows.ahead[of].data + at * sizeof(Storage), rows.ahead[of].stride};
         at += n;
         if (at == pixels) at = 0, ++of;
       }
@@ -261,7 +261,7 @@ class Strip {
         sum += at_c.reference;
         square = fused<T>(at_c.reference, at_c.reference, square);
         for (int a = 0; a < count; ++a) {
-          prefetch(line[a] + c * line_stride[a]);
+          prefetch(ahead[a].data + c * ahead[a].stride);
           const V<T> g = at_c.e[a] - at_c.reference;
           gap[a] += g;
           distance[a] = fused<T>(at_c.reference, at_c.logarithm[a], distance[a]);
