@@ -27,17 +27,21 @@ def philox(counter, key):
 
 def normal(shape, seed: int, tensor: int, draw: int) -> np.ndarray:
     """Noise of one tensor ``(B, C, P)``: the block of four channels that holds an element, then the word of its channel."""
-    batch, channels, pixels = shape
+    _, channels, pixels = shape
     b, c, p = np.meshgrid(*map(np.arange, shape), indexing="ij")
-    block = ((b * math.ceil(channels / 4) + c // 4) * pixels + p).astype(np.uint64)
-    zero = np.zeros(shape, np.uint64)
+    return normal_of_block((b * math.ceil(channels / 4) + c // 4) * pixels + p, c, seed, tensor, draw)
+
+
+def normal_of_block(block, channel, seed: int, tensor: int, draw: int) -> np.ndarray:
+    """Noise of channels of blocks, arrays of one shape."""
+    block, zero = block.astype(np.uint64), np.zeros(block.shape, np.uint64)
     words = philox(
         (block & 0xFFFFFFFF, block >> 32, zero + tensor, zero + draw), (zero + (seed & 0xFFFFFFFF), zero + (seed >> 32))
     )
-    upper = c % 4 >= 2
+    upper = channel % 4 >= 2
     radius = np.sqrt(-2 * np.log((np.where(upper, words[2], words[0]) + 0.5) / 2**32))
     angle = 2 * np.pi * np.where(upper, words[3], words[1]) / 2**32
-    return radius * np.where(c % 2 == 1, np.sin(angle), np.cos(angle))
+    return radius * np.where(channel % 2 == 1, np.sin(angle), np.cos(angle))
 
 
 # ---- softmax_fisher ----

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import oracle
 import pytest
 import torch
 
@@ -130,3 +132,27 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(
         statistics.attribution[:, -1:], F.gradient_statistics(last[:1], features=last[1:], backend="cpu").attribution
     )
+
+
+def test_noise_where_its_blocks_are_no_longer_numbers_of_32_bits():
+    """In the middle of a register of pixels. Samples share memory, and all but one lack both modalities."""
+    batch, channels, pixels, seed, sigma = 256, 64, 2**20 + 8, 5, 0.5
+    first = (batch - 1) * channels // 4 * pixels  # block of the last sample
+    block, pixel = divmod(2**32 - first, pixels)
+    assert block < channels // 4 and pixel % 16 == 8
+    around = slice(pixel - 16, pixel + 16)
+    x = [torch.randn(1, channels, pixels) for _ in range(2)]
+    mask, present = torch.zeros(batch, pixels, dtype=torch.bool), torch.zeros(batch, 2, dtype=torch.bool)
+    mask[-1, around], present[-1] = True, True
+    information = F.softmax_fisher_information(
+        [[m.expand(batch, -1, -1)] for m in x], mask=mask, present=present, sigma=sigma, seed=seed, backend="cpu"
+    )
+    c, p = np.meshgrid(np.arange(channels), np.arange(around.start, around.stop), indexing="ij")
+    noise = [oracle.normal_of_block(first + c // 4 * pixels + p, c, seed, m, 0) for m in range(2)]
+    noisy = [x[m][0, :, around].double().numpy() + sigma * noise[m] for m in range(2)]
+    mean = (x[0] + x[1])[0, :, around].double().numpy() / 2
+    q = np.exp(oracle.log_softmax(mean))
+    for m in range(2):
+        log_p = oracle.log_softmax(noisy[m])
+        exact = (((np.exp(log_p) - q) ** 2).sum(0) / (oracle.EPS - (q * log_p).sum(0))).mean()
+        assert abs(information[m, 0, -1].item() - exact) < 1e-5 * exact

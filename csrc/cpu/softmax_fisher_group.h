@@ -150,16 +150,15 @@ class Group {
     T* y = noisy();
     constexpr int lanes = kLanes<float>;
     static_assert(width % lanes == 0, "a group is whole registers of words");
+    Words steps;
+    for (int j = 0; j < lanes; ++j) steps[j] = uint32_t(j * blocks.lane_step);
     for (int64_t c = 0; c < channels_; c += 4) {
       uint32_t words[4][width];
       T normals[4][width];
       for (int i = 0; i < width; i += lanes) {
-        Words low, high;
-        for (int j = 0; j < lanes; ++j) {
-          const uint64_t g = uint64_t(blocks.first + (i + j) * blocks.lane_step + c / 4 * blocks.channel_step);
-          low[j] = uint32_t(g), high[j] = uint32_t(g >> 32);
-        }
-        Words counter[4] = {low, high, Words{} + uint32_t(s.tensor), Words{} + uint32_t(draw)};
+        const uint64_t first = blocks.first + i * blocks.lane_step + c / 4 * blocks.channel_step;
+        const Words low = steps + uint32_t(first), carry = (Words)(low < steps);  // all bits, -1, where the sum wrapped around
+        Words counter[4] = {low, uint32_t(first >> 32) - carry, Words{} + uint32_t(s.tensor), Words{} + uint32_t(draw)};
         philox4x32(counter, uint32_t(problem_.seed), uint32_t(problem_.seed >> 32));
         for (int w = 0; w < 4; ++w) __builtin_memcpy(words[w] + i, &counter[w], sizeof counter[w]);
       }
