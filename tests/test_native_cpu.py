@@ -15,10 +15,14 @@ from modreg_fast import functional as F
 
 
 def calls():
-    """Both ops, forward and backward, over several scales with masks; all results in one list."""
+    """Both ops, forward and backward, over several scales with masks, the last ones channels last; all results in one list."""
     torch.manual_seed(0)
-    shapes = [(2, 48, 61, 67), (2, 64, 16, 16), (2, 130, 5, 3)]
-    features = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(3)]
+    shapes = [(2, 48, 61, 67), (2, 64, 16, 16), (2, 64, 16, 16), (2, 130, 5, 3), (2, 5, 7, 6)]
+    features = [[torch.randn(s) for s in shapes] for _ in range(3)]
+    for row in features:
+        row[2:] = [x.to(memory_format=torch.channels_last) for x in row[2:]]
+        for x in row:
+            x.requires_grad_()
     mask = torch.rand(2, 61, 67) > 0.3
     leaves, results = [x for row in features for x in row], []
     for noise in ({"sigma": 0.3, "samples": 2, "seed": 5}, {}):
