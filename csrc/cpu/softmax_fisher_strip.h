@@ -253,6 +253,7 @@ class Strip {
         at += n;
         if (at == pixels) at = 0, ++of;
       }
+      const bool follows = i < rows.next_pixels;
       Maxima<M> maxima(this->maxima(i), count, begin);
       V<T> sum = {}, square = {}, gap[most<M>], distance[most<M>], squares[most<M>], cross[most<M>];
       for (int a = 0; a < count; ++a) gap[a] = distance[a] = squares[a] = cross[a] = V<T>{};
@@ -268,12 +269,12 @@ class Strip {
           squares[a] = fused<T>(g, g, squares[a]);
           cross[a] = fused<T>(g, at_c.reference, cross[a]);
         }
-        maxima.raise(Values<Storage, M>(next, count, c, i), count);
+        if (follows) maxima.raise(Values<Storage, M>(next, count, c, i), count);
       }
       r.sum += sum, r.square += square;
       for (int a = 0; a < count; ++a)
         sums[a].gap += gap[a], sums[a].distance += distance[a], sums[a].square += squares[a], sums[a].cross += cross[a];
-      if (i < rows.next_pixels) maxima.keep(this->maxima(i), count);
+      if (follows) maxima.keep(this->maxima(i), count);
     }
   }
 
