@@ -190,6 +190,21 @@ def test_not_finite(rng, bad):
     assert all(np.isfinite(g.values()).all() and not g.values()[0, :, 7].any() for row in gradients for g in row)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("dtype", "channels"), [("float32", 19), ("float64", 19), ("bfloat16", 300)])
+def test_not_finite_in_every_channel_of_a_pixel(rng, bad, dtype, channels):
+    """What stands for the channels past the last is not taken for the highest of them."""
+    memory, values = ptx.Memory(), rng.standard_normal((3, 2, channels, 9))
+    values[1, 1, :, 5] = bad
+    for layout in "pixels", "channels":
+        features = [[Tensor(memory, x, dtype, layout)] for x in values]
+        out = cuda_calls.softmax_fisher(features).information.numpy()
+        assert np.isnan(out[:, 0, 1]).all() and np.isfinite(out[:, 0, 0]).all()
+        for (gradient,) in cuda_calls.softmax_fisher(features, weight=np.ones((3, 1, 2))).gradients:
+            spoiled = np.isnan(gradient.values())
+            assert spoiled[1, :, 5].all() and spoiled.sum() == channels
+
+
 def test_nothing_present(rng):
     features = features_of(rng, [(2, 5, 20)])
     present = np.array([[False, False], [True, True]])

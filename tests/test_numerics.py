@@ -243,8 +243,10 @@ def test_nan_and_infinity_show_where_they_are_and_nowhere_else(backend, value, m
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_nan_in_every_channel_of_a_pixel(backend, value):
     clean, spoiled = clean_and_spoiled(value, 1, 0, (1, slice(None), 5))
-    information = softmax_fisher_information(spoiled, backend=backend)
+    information, gradients, _ = compute(spoiled, backend)
     assert information[:, 0, 1].isnan().all() and information.isnan().sum() == 3
+    for gradient in gradients[::2]:
+        assert gradient[1, :, 5].isnan().all() and gradient.isnan().sum() == gradient.shape[1]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

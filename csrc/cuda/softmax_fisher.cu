@@ -72,7 +72,8 @@ struct Pixel {
   __device__ T largest(const T (&x)[n]) const {
     T top = x[0];
     for (int i = 1; i < n; ++i) top = maximum(top, x[i]);
-    return team.largest(top);
+    top = team.largest(top);
+    return top > kAbsent<T> / 2 ? top : T(NAN);  // NaN too where all channels are -inf, so that one that is not there would be the highest
   }
   __device__ void add_noise(int m, int draw, T (&x)[n]) const {
     const int64_t tensor = m * call.all_scales + call.first_scale + scale, pixels = call.tilings[scale].pixels;

@@ -57,9 +57,12 @@ _ELEMENTS = {
 
 
 @triton.jit
-def _softmax(x):
+def _softmax(x, SHAPE: tl.constexpr):
     """Over the channels: ``x - max x`` and its exponentials."""
-    shifted = x - highest(x)
+    top = highest(x)
+    if SHAPE.block_c != SHAPE.channels:  # where all channels are -inf, one past the last would be the highest
+        top = tl.where(top > 0.5 * _FAR_BELOW, top, float("nan"))
+    shifted = x - top
     return shifted, tl.exp2(shifted * _LOG2_E)  # without the care for subnormal results that exp takes
 
 
@@ -92,7 +95,7 @@ def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.cons
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
     share = 1.0 / tl.maximum(number_held, 1.0)
-    shifted, e = _softmax(total * share)
+    shifted, e = _softmax(total * share, SHAPE)
     return xs, e * (1.0 / over_channels(e)), counts, share
 
 
@@ -102,7 +105,7 @@ def _draw(x, q, sigma, seed, sample, c, p, pixels, tensor, draw, eps, NOISY: tl.
     y = x
     if NOISY:
         y = x + number(sigma, SHAPE) * standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE)
-    log_p, e = _softmax(y)
+    log_p, e = _softmax(y, SHAPE)
     q_log_p, e_sum = over_channels(q * log_p), over_channels(e)
     p_draw = e * (1.0 / e_sum)
     d = p_draw - q
