@@ -22,7 +22,7 @@ from modreg_fast.bench import sass
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16)
 PIXELS, BATCH = 4096, 2
-CHANNELS = (1, 2, 19, 64, 150, 256, 1000, 1024)  # with and without padding, one warp for a pixel and several
+CHANNELS = (1, 19, 64, 150, 256, 999, 1000, 1024)  # with and without padding, one warp for a pixel and several
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_many_channels_and_gradient_statistics(architecture, backward, channels_
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("modalities", [1, 2, 3, 4])
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("backward, noisy, channels_last", [*itertools.product((False, True), repeat=3)])
 def test_resources_of_everything(architecture, dtype, masked, modalities, backward, noisy, channels_last):
     for channels in CHANNELS:
@@ -148,16 +148,30 @@ def test_wide_loads_of_gradient_statistics_and_none_where_rows_are_not_aligned(d
         assert 128 not in widths(compile_for(launch, GPUTarget("cuda", 90, 32)), "ld")
 
 
+def check_amd(launch):
+    """For wavefronts of 64 the same threads are half as many warps. A lane of the processor's units has 512 registers for 8 wavefronts."""
+    kernel = compile_for(launch, GPUTarget("hip", "gfx942", 64))
+    assert kernel.metadata.num_warps == launch.threads // 64
+    found = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)\b", kernel.asm["amdgcn"])}
+    assert found["vgpr_spill_count"] == found["sgpr_spill_count"] == found["private_segment_fixed_size"] == 0
+    assert found["vgpr_count"] + found["agpr_count"] <= 128, found  # half of the wavefronts
+    assert kernel.metadata.shared <= 32 * 1024, found  # of 64 KiB
+
+
 def test_amd():
-    """For wavefronts of 64 the same threads are half as many warps."""
-    for launch in (
-        softmax_fisher(channels=64),
-        softmax_fisher(channels=64, noisy=True, backward=True),
-        gradient_statistics(channels=64),
-    ):
-        kernel = compile_for(launch, GPUTarget("hip", "gfx942", 64))
-        assert kernel.metadata.num_warps == launch.threads // 64
-        assert re.search(r"\.vgpr_spill_count: +0\b", kernel.asm["amdgcn"])
+    check_amd(softmax_fisher(channels=64))
+    check_amd(softmax_fisher(channels=64, noisy=True, backward=True))
+    check_amd(gradient_statistics(channels=64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
+def test_amd_resources(dtype, backward, noisy, channels_last, modalities):
+    options = {"dtype": dtype, "backward": backward, "channels_last": channels_last, "masked": True}
+    for channels in CHANNELS:
+        check_amd(softmax_fisher(channels=channels, modalities=modalities, noisy=noisy, **options))
+        check_amd(gradient_statistics(channels=channels, maps=noisy, **options))
 
 
 def test_several_scales_are_one_launch_without_copies():

@@ -51,7 +51,7 @@ _ELEMENTS = {
     # (backward, noise)
     (False, False): (16, 8, 4),
     (False, True): (4, 4, 4),
-    (True, False): (8, 4, 2),
+    (True, False): (8, 4, 1),
     (True, True): (4, 2, 1),
 }
 
@@ -80,17 +80,19 @@ def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.cons
     """A tile of every modality, 0 where it is absent; the reference q; which pixels count; the share of a modality in the reference."""
     within = inside_rows(p, pixels, SHAPE)
     counts = counting_pixels(mask, sample, p, within, pixels)
-    xs = ()
+    read, xs = (), ()
     number_held = tl.cast(0.0, tl.float64 if SHAPE.wide else tl.float32)
-    for m in tl.static_range(MODALITIES):
+    for m in tl.static_range(MODALITIES):  # all are on their way before the first is waited for
         has = _held(present, sample, m, MODALITIES)
         inside = (c < SHAPE.channels) & within & has
         x = tl.load(pointers(features[m], strides[m], sample, c, p, SHAPE), mask=inside, other=0.0)
-        x = widened(gathered(x, SHAPE), SHAPE)
+        read = read + (x,)  # type: ignore[assignment]
+        number_held += has.to(number_held.dtype)
+    for m in tl.static_range(MODALITIES):
+        x = widened(gathered(read[m], SHAPE), SHAPE)
         if SHAPE.block_c != SHAPE.channels:
             x = tl.where(c < SHAPE.channels, x, _FAR_BELOW)
         xs = xs + (x,)  # type: ignore[assignment]
-        number_held += has.to(number_held.dtype)
     total = xs[0]  # type: ignore[misc]
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
@@ -101,14 +103,15 @@ def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.cons
 
 @triton.jit
 def _draw(x, q, sigma, seed, sample, c, p, pixels, tensor, draw, eps, NOISY: tl.constexpr, SHAPE: tl.constexpr):
-    """One draw of one modality: p, log p up to a number per pixel, d = p - q, N = sum_c d^2, sum_c q log p, f + eps."""
+    """One draw of one modality: p, log p up to a number per pixel, d = p - q (without noise q - p), N = sum_c d^2, sum_c q log p,
+    f + eps."""
     y = x
     if NOISY:
         y = x + number(sigma, SHAPE) * standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE)
     log_p, e = _softmax(y, SHAPE)
     q_log_p, e_sum = over_channels(q * log_p), over_channels(e)
     p_draw = e * (1.0 / e_sum)
-    d = p_draw - q
+    d = p_draw - q if NOISY else q - p_draw
     f = tl.log(e_sum) - q_log_p  # both terms are at least 0: nothing cancels
     return p_draw, log_p, d, over_channels(d * d), q_log_p, f + number(eps, SHAPE)
 
@@ -210,6 +213,8 @@ def _derivatives(
     a = 2.0 * weight * inverse
     b = weight * n * inverse * inverse
     p_d = over_channels(p_draw * d)
+    if not NOISY:  # d anew: the compiler does not know it with its sign changed, and keeps no d in registers during the sums
+        d, p_d = p_draw - q, -p_d
     to_x = (a * p_draw - b) * d - (a * p_d) * p_draw
     if DETACH:
         return to_x, tl.zeros_like(q), tl.zeros_like(f)
@@ -283,7 +288,8 @@ def _backward_kernel(
                 pull = to_r if pull is None else pull + to_r
                 q_pull = q_to_r if q_pull is None else q_pull + q_to_r
                 owns = owns + (own,)  # type: ignore[assignment]
-                tl.debug_barrier()  # so that no arithmetic of this modality waits, in registers, behind the sums of the next
+                if NOISY[m] or SHAPE.block_c != SHAPE.channels:
+                    tl.debug_barrier()  # so that no arithmetic of this modality waits, in registers, behind the sums of the next
             q_share = q * share
             inside = (c < SHAPE.channels) & inside_rows(p, pixels[s], SHAPE)
             for m in tl.static_range(MODALITIES):
@@ -304,13 +310,10 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
         item, last, channels = xs[0].element_size(), launches.channels_last(xs[0]), xs[0].shape[1]
         vector, block_c = launches.vector(xs), launches.power_of_two(max(4 if noisy else 1, channels))
         elements = _ELEMENTS[backward, noisy][size]
-        # What takes more registers: sums across warps, channels past the last, exchanged gradients, many loads.
-        across, padded, scattered = block_c > 32 * elements, block_c > channels, last and elements > 2 * vector
-        if backward and not noisy:
-            halvings = (across or padded or not last) + (across and (padded or (last and size == 1))) + scattered
-        else:
-            halvings = across + (scattered or (backward and last and padded))
-        elements = max(1, elements >> halvings)
+        # What takes more registers: sums across warps, many loads, channels past the last.
+        across, scattered = block_c > 32 * elements, last and elements > 2 * vector
+        padded = block_c > channels and (last or (size > 0 and not noisy))
+        elements = max(1, elements >> ((across or scattered or padded) if backward else across + scattered))
         elements = held = min(elements, block_c)
         needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements
         threads = min(launches.MOST_THREADS, max(threads, needed))
