@@ -22,7 +22,7 @@ from modreg_fast.bench import sass
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16)
 PIXELS, BATCH = 4096, 2
-CHANNELS = (1, 19, 64, 150, 256, 999, 1000, 1024)  # with and without padding, one warp for a pixel and several
+CHANNELS = (1, 2, 19, 64, 150, 256, 999, 1000, 1024)  # with and without padding, one warp for a pixel and several
 
 
 @pytest.fixture(autouse=True)

@@ -288,7 +288,7 @@ def _backward_kernel(
                 pull = to_r if pull is None else pull + to_r
                 q_pull = q_to_r if q_pull is None else q_pull + q_to_r
                 owns = owns + (own,)  # type: ignore[assignment]
-                if NOISY[m] or SHAPE.block_c != SHAPE.channels:
+                if NOISY[m] or SHAPE.block_c != SHAPE.channels or SHAPE.held == 2:
                     tl.debug_barrier()  # so that no arithmetic of this modality waits, in registers, behind the sums of the next
             q_share = q * share
             inside = (c < SHAPE.channels) & inside_rows(p, pixels[s], SHAPE)
