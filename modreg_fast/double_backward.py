@@ -1,12 +1,16 @@
 """Gradients that are differentiated again, and what stands in the way of that."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from modreg_fast import _validate as validate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # A part of what PyTorch says about the obstacle, and the way around it.
 _CURES = {
@@ -16,6 +20,19 @@ _CURES = {
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
     "": "replace this operation, or pass tensors that come after it in the network",
 }
+
+
+def differentiable(x: object, function: str, argument: str, batch: int, spatial_group: "ProcessGroup | None") -> Tensor:
+    x = validate.tensor(x, function, argument)
+    if x.dim() < 2 or len(x) != batch:
+        validate.fail(function, argument, f"of shape (B, C, *spatial) with batch size {batch}", validate.shape(x))
+    if x.dim() == 2 and spatial_group is not None:
+        validate.fail(function, argument, "a part of a map, (B, C, *spatial), with spatial_group", f"shape {validate.shape(x)}")
+    if not x.requires_grad:
+        validate.fail(
+            function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
+        )
+    return x
 
 
 @torch.compiler.disable(reason="modreg_fast differentiates with create_graph=True, which torch.compile cannot trace")

@@ -16,7 +16,8 @@ from modreg_fast.audit.result import Audit, Estimate
 from modreg_fast.capture import Entry, capture
 from modreg_fast.distributed import gather_samples
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
-from modreg_fast.losses import _count, _pooled, _selected_score
+from modreg_fast.functional.masks import pooled, spatial_shape, valid_pixels
+from modreg_fast.losses.attribution import selected_score
 from modreg_fast.missing import Drop, evaluate_missing
 
 if TYPE_CHECKING:
@@ -205,10 +206,6 @@ def _gradients(of: Tensor, features: Features) -> list[Tensor]:
     return list(grads)
 
 
-def _spatial(x: Tensor, channel_dim: int) -> tuple[int, ...]:
-    return tuple(x.movedim(channel_dim, 1).shape[2:])
-
-
 def _by_modality(rows: Tensor, features: Features) -> Tensor:
     """``(K, B)`` as ``(M, S, B)``."""
     scales = {name: len(row) for name, row in features.items()}
@@ -222,10 +219,10 @@ def _attribution(
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Attribution ``(M, S, B)``, and where asked that of each pixel, ``[m][s]`` of shape ``(B, *spatial)``."""
     tensors = [x for row in features.values() for x in row]
-    sizes = [_spatial(x, channel_dim) for x in tensors]
+    sizes = [spatial_shape(x, channel_dim) for x in tensors]
     everywhere = torch.ones((), dtype=torch.bool, device=mask.device)  # in features that have no pixels of the scores
     masks = [resize_mask(mask, n) if len(n) == mask.dim() - 1 else everywhere.expand(len(mask), *n) for n in sizes]
-    grads = _gradients(_selected_score(scores, None, mask, "audit"), features)
+    grads = _gradients(selected_score(scores, None, mask, "audit"), features)
     found = gradient_statistics(grads, features=tensors, mask=masks, channel_dim=channel_dim, maps=maps)
     assert found.attribution is not None
     scales = len(tensors) // len(features)
@@ -237,17 +234,17 @@ def _attribution(
 def _information(values: Tensor, features: Features, mask: Tensor, channel_dim: int) -> Tensor:
     """Functional Fisher information ``(M, S, B)`` of the loss map ``values``; NaN where a scale has no valid pixel."""
     values = torch.where(mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0)
-    count = _count(mask).clamp(min=1)
+    count = valid_pixels(mask).clamp(min=1)
     rows = []
     for g in _gradients(values, features):
-        size = _spatial(g, channel_dim)
+        size = spatial_shape(g, channel_dim)
         if len(size) == values.dim() - 1:
-            f, valid, dim = _pooled(values, mask, size), resize_mask(mask, size) if size else mask, channel_dim
+            f, valid, dim = pooled(values, mask, size), resize_mask(mask, size) if size else mask, channel_dim
         else:  # of the mean loss
             g, f, valid, dim = g.flatten(1) / count[:, None], values.reshape(len(values), -1).sum(1) / count, count > 0, 1
         fisher = gradient_statistics([g], values=[f], mask=valid, channel_dim=dim).fisher
         assert fisher is not None
-        rows.append(torch.where(_count(valid) > 0, _finite(fisher[0], "the loss"), torch.nan))
+        rows.append(torch.where(valid_pixels(valid) > 0, _finite(fisher[0], "the loss"), torch.nan))
     return _by_modality(torch.stack(rows), features)
 
 
@@ -269,7 +266,7 @@ def _accuracy(classes: int, ignore_index: int, group: "ProcessGroup | None") -> 
 
 
 def _scale_names(features: Features, channel_dim: int, inputs: bool) -> list[str]:
-    sizes = [" x ".join(map(str, _spatial(x, channel_dim))) for x in next(iter(features.values()))]
+    sizes = [" x ".join(map(str, spatial_shape(x, channel_dim))) for x in next(iter(features.values()))]
     names = ["input"] if inputs else [str(s + 1) for s in range(len(sizes))]
     return [f"{name} ({size})" if size else name for name, size in zip(names, sizes, strict=True)]
 

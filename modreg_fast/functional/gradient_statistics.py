@@ -1,0 +1,117 @@
+"""Functional Fisher information and attribution from gradients."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modreg_fast import _validate as validate
+from modreg_fast import ops
+from modreg_fast.backends import resolve
+from modreg_fast.functional.masks import scale_masks, spatial_shape
+
+
+class GradientStatistics(NamedTuple):
+    """Result of :func:`gradient_statistics`; what lacks its input is None."""
+
+    fisher: Tensor | None  # (K, B)
+    attribution: Tensor | None  # (K, B)
+    fisher_maps: list[Tensor] | None  # K maps (B, *spatial_k)
+    attribution_maps: list[Tensor] | None
+
+
+def gradient_statistics(
+    grads: Sequence[Tensor],
+    features: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    *,
+    mask: Tensor | Sequence[Tensor] | None = None,
+    channel_dim: int = 1,
+    eps: float = 1e-8,
+    maps: bool = False,
+    backend: str | None = None,
+) -> GradientStatistics:
+    r"""Functional Fisher information and L2-pooled gradient x input of K tensors from their gradients, in one pass.
+
+    With the gradient :math:`g` of a score with respect to the feature :math:`e`, and the positive map :math:`f`, per sample
+
+    .. math::
+        \text{fisher} = \operatorname{mean}_p \frac{\sum_c g_{cp}^2}{f_p + \text{eps}}, \qquad
+        \text{attribution} = \sqrt{\sum_{c,p} (g_{cp}\, e_{cp})^2}
+
+    over valid pixels :math:`p`. Differentiable in all three; at an attribution of 0 its derivative is taken as 0. Sources:
+    :math:`\lVert \nabla f \rVert^2 / f` of Gat et al. (NeurIPS 2020); the pooled attribution of arXiv:2404.02359.
+
+    Args:
+        grads: K tensors ``(B, C_k, *spatial_k)``, for training from ``torch.autograd.grad(..., create_graph=True)``.
+        features: K tensors of the same shapes; without them no attribution.
+        values: K tensors ``(B, *spatial_k)``, at least 0 (such as the cross entropy per pixel); without them no Fisher information.
+        mask: valid pixels, bool ``(B, *spatial)`` at any resolution, or one per tensor.
+        channel_dim: dimension of the channels in ``grads`` and ``features``.
+        eps: added to ``values``.
+        maps: return the per-pixel terms as well: :math:`\sum_c g^2 / (f + \text{eps})` and :math:`\sqrt{\sum_c (g e)^2}`.
+        backend: as in :func:`softmax_fisher_information`.
+
+    Returns:
+        :class:`GradientStatistics` ``(fisher (K, B), attribution (K, B), fisher_maps, attribution_maps)``; None for what was not asked.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message says which and why.
+
+    Example:
+        >>> e = torch.randn(2, 8, 4, 4, requires_grad=True)
+        >>> (g,) = torch.autograd.grad(e.square().sum(), e, create_graph=True)
+        >>> gradient_statistics([g], features=[e]).attribution.shape
+        torch.Size([1, 2])
+    """
+    function = "gradient_statistics"
+    grads = validate.sequence(grads, function, "grads")
+    if features is None and values is None:
+        validate.fail(function, "features or values", "given", "neither")
+    flat_grads = [validate.feature(g, function, f"grads[{k}]", channel_dim) for k, g in enumerate(grads)]
+    batch, device = flat_grads[0].shape[0], flat_grads[0].device
+    for k, g in enumerate(flat_grads):
+        if g.shape[0] != batch or g.device != device:
+            validate.fail(
+                function, f"grads[{k}]", f"of batch size {batch} on {device} like grads[0]", f"{g.shape[0]} on {g.device}"
+            )
+    spatial = [spatial_shape(g, channel_dim) for g in grads]
+
+    flat_features: list[Tensor] = []
+    if features is not None:
+        _same_length(features, grads, function, "features")
+        for k, e in enumerate(features):
+            flat_features.append(validate.feature(e, function, f"features[{k}]", channel_dim))
+            validate.same(e, grads[k], function, f"features[{k}]", f"grads[{k}]")
+            dtype = torch.promote_types(e.dtype, grads[k].dtype)
+            flat_features[k], flat_grads[k] = flat_features[k].to(dtype), flat_grads[k].to(dtype)
+
+    flat_values: list[Tensor] = []
+    if values is not None:
+        _same_length(values, grads, function, "values")
+        for k, f in enumerate(values):
+            validate.tensor(f, function, f"values[{k}]")
+            if tuple(f.shape) != (batch, *spatial[k]) or f.device != device:
+                validate.fail(
+                    function, f"values[{k}]", f"of shape {(batch, *spatial[k])} on {device}", f"{validate.shape(f)} on {f.device}"
+                )
+            flat_values.append(f.reshape(batch, -1))
+
+    masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
+    validate.number(eps, function, "eps")
+    name = resolve(backend, flat_grads[0], function)
+    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(
+        flat_grads, flat_features, flat_values, masks, float(eps), maps, name
+    )
+    return GradientStatistics(
+        fisher if flat_values else None,
+        attribution if flat_features else None,
+        [x.reshape(batch, *spatial[k]) for k, x in enumerate(fisher_maps)] if maps and flat_values else None,
+        [x.reshape(batch, *spatial[k]) for k, x in enumerate(attribution_maps)] if maps and flat_features else None,
+    )
+
+
+def _same_length(x: object, grads: Sequence[Tensor], function: str, argument: str) -> None:
+    if len(validate.sequence(x, function, argument)) != len(grads):
+        validate.fail(function, argument, f"a list of {len(grads)} tensors like grads", f"{len(x)}")  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""From information and attribution to penalties: tiny tensors, plain PyTorch."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modreg_fast import _validate as validate
+
+
+def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
+    r"""Functional entropy :math:`\operatorname{Ent}(f) = E[f \log f] - E[f] \log E[f] \ge 0` of samples of a non-negative function.
+
+    Computed as :math:`E f \cdot E[r \log r - r + 1]` with :math:`r = f / E f`, a sum of non-negative terms. For Gaussian samples
+    :math:`\operatorname{Ent}(f) \le \tfrac{\sigma^2}{2} E[\lVert \nabla f \rVert^2 / f]` (log-Sobolev; Gat et al., NeurIPS 2020).
+
+    Args:
+        f: values of the function, at least 0, floating point.
+        dim: the dimension or dimensions that hold the samples.
+
+    Returns:
+        ``f`` without ``dim``. 0 where ``f`` is 0 throughout.
+
+    Example:
+        >>> functional_entropy(torch.ones(5), dim=0)
+        tensor(0.)
+    """
+    validate.tensor(f, "functional_entropy", "f")
+    dim = dim if isinstance(dim, int) else tuple(dim)
+    mean = f.mean(dim, keepdim=True)
+    ratio = torch.where(f == 0, 1, f / torch.where(mean == 0, 1, mean))
+    return (mean * torch.where(f == 0, 1, ratio * ratio.log() - ratio + 1)).mean(dim)
+
+
+def modality_share(attribution: Tensor) -> Tensor:
+    """Share of each modality in the attribution of a sample, ``a_m / sum_m a_m``, in [0, 1].
+
+    Args:
+        attribution: ``(M, B)``, at least 0.
+
+    Returns:
+        ``(M, B)``; sums to 1 over the modalities, 0 throughout (with zero gradient) where nothing was attributed.
+
+    Example:
+        >>> modality_share(torch.tensor([[3.0], [1.0]])).flatten()
+        tensor([0.7500, 0.2500])
+    """
+    validate.tensor(attribution, "modality_share", "attribution")
+    total = attribution.sum(0, keepdim=True)
+    return attribution / torch.where(total == 0, 1, total)
+
+
+def balance_penalty(
+    information: Tensor,
+    *,
+    objective: Literal["inverse", "norm", "log"] = "inverse",
+    eps: float = 1e-8,
+    weights: Tensor | Sequence[float] | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""Penalty on modalities that contribute little information,
+
+    .. math::
+        R = \sum_{m,s} w_s\, \phi(\bar I_{ms}), \qquad \bar I_{ms} = \operatorname{mean}_b I_{msb}
+
+    ==========  =============================================  ==========================================
+    objective   R                                              source
+    ==========  =============================================  ==========================================
+    inverse     sum of ``w_s / (I + eps)``                     arXiv:2505.06635
+    norm        ``sqrt(sum of w_s^2 / (I + eps)^2)``           Gat et al., NeurIPS 2020
+    log         sum of ``-w_s log(I + eps)``                   scale free: its gradient is ``-w_s / I``
+    ==========  =============================================  ==========================================
+
+    Args:
+        information: ``(M, S, B)``, or ``(M, B)`` for one scale.
+        objective: see the table.
+        eps: added to the mean information.
+        weights: ``w_s``, one per scale; default 1.
+        valid: bool, broadcastable to ``information``: the entries that count in the mean over the batch. A modality and scale
+            without any is left out of the sum.
+
+    Returns:
+        A scalar; 0 where nothing counts.
+    """
+    validate.tensor(information, "balance_penalty", "information")
+    if information.dim() not in (2, 3):
+        validate.fail("balance_penalty", "information", "of shape (M, S, B) or (M, B)", validate.shape(information))
+    if valid is not None:
+        validate.tensor(valid, "balance_penalty", "valid", dtypes=(torch.bool,))
+        try:
+            valid = torch.broadcast_to(valid, information.shape)
+        except RuntimeError:
+            validate.fail("balance_penalty", "valid", f"broadcastable to {validate.shape(information)}", validate.shape(valid))
+    if information.dim() == 2:
+        information, valid = information.unsqueeze(1), None if valid is None else valid.unsqueeze(1)
+    total, count = batch_totals(information, valid)
+    return penalty_of_mean(total, count, objective, eps, weights, function="balance_penalty")
+
+
+def batch_totals(information: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum over the batch of the entries that count, and their number; ``(M, S)`` each. Sums, so that ranks can add theirs."""
+    if valid is None:
+        return information.sum(-1), torch.full_like(information[..., 0], information.shape[-1])
+    return torch.where(valid, information, 0).sum(-1), valid.sum(-1).to(information.dtype)
+
+
+def penalty_of_mean(
+    total: Tensor, count: Tensor, objective: str, eps: float, weights: Tensor | Sequence[float] | None, *, function: str
+) -> Tensor:
+    """The penalty of :func:`balance_penalty` from ``(M, S)`` sums over the batch and their counts."""
+    validate.number(eps, function, "eps")
+    counts = count > 0
+    mean = torch.where(counts, total / torch.where(counts, count, 1) + eps, 1)
+    w = torch.ones_like(mean[0]) if weights is None else torch.as_tensor(weights, dtype=mean.dtype, device=mean.device)
+    if w.shape != total.shape[1:]:
+        validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(w))
+    if objective == "log":
+        terms = -w * mean.log()
+    elif objective in ("inverse", "norm"):
+        terms = w / mean
+    else:
+        validate.fail(function, "objective", "'inverse', 'norm' or 'log'", repr(objective))
+    terms = torch.where(counts, terms, 0)
+    return torch.linalg.vector_norm(terms) if objective == "norm" else terms.sum()

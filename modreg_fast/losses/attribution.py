@@ -1,0 +1,193 @@
+"""Attribution: the modalities' shares in the decision are pulled to target shares."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modreg_fast import _validate as validate
+from modreg_fast.distributed import sum_over_ranks
+from modreg_fast.double_backward import differentiable, gradients
+from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class AttributionDetails(NamedTuple):
+    """For logging, detached: mean share of each modality over the batch and mean attribution, 0-dim; NaN where no sample counts."""
+
+    share: dict[str, Tensor]
+    attribution: dict[str, Tensor]
+
+
+class AttributionLoss(nn.Module):
+    r"""Penalty on the distance between the modalities' shares in the decision and target shares.
+
+    The attribution of a modality is the L2-pooled gradient x input of the winning class score,
+    :math:`a_m = \lVert \partial s / \partial e_m \odot e_m \rVert_2` per sample (over channels, valid pixels and scales), its share
+    :math:`a_m / \sum_k a_k`, and
+
+    .. math::
+        R = \operatorname{mean}_b \sum_m |\text{share}_{mb} - r_m| \quad (\texttt{"l1"}; \text{ squared for } \texttt{"l2"}).
+
+    Source: arXiv:2404.02359, which updates the fusion and the classifier only:
+    ``penalty.backward(inputs=list(fusion_and_classifier.parameters()))``. The inner differentiation runs eagerly, outside of
+    ``torch.compile`` graphs.
+
+    Args:
+        target: modality -> weight, at least 0 with a positive sum, normalised to shares; None for equal shares.
+        norm: ``"l1"`` (the paper) or ``"l2"``.
+        channel_dim: dimension of the channels in the features; 1, or -1 for tokens.
+        process_group: its ranks hold other samples; statistics are summed over them, so that N ranks compute the penalty of the whole
+            batch.
+        spatial_group: its ranks hold parts of the same samples, such as rows of every map; sums over pixels are taken over them all.
+        backend: see :func:`modreg_fast.functional.softmax_fisher_information`.
+
+    Example:
+        >>> video, audio = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+        >>> scores = torch.nn.Linear(16, 3)(torch.cat([video, audio], 1))
+        >>> AttributionLoss(target={"video": 0.5, "audio": 0.5})(scores, {"video": video, "audio": audio}).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        target: Mapping[str, float] | None = None,
+        norm: Literal["l1", "l2"] = "l1",
+        channel_dim: int = 1,
+        process_group: "ProcessGroup | None" = None,
+        spatial_group: "ProcessGroup | None" = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if norm not in ("l1", "l2"):
+            validate.fail(name, "norm", "'l1' or 'l2'", repr(norm))
+        self.target = None if target is None else _shares(target, name)
+        self.norm = norm
+        self.channel_dim = channel_dim
+        self.process_group = process_group
+        self.spatial_group = spatial_group
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return f"target={self.target}, norm={self.norm!r}"
+
+    def forward(
+        self,
+        scores: Tensor,
+        features: Mapping[str, Tensor | Sequence[Tensor]],
+        *,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+        present: Tensor | None = None,
+        target: Mapping[str, float] | None = None,
+        return_details: bool = False,
+    ) -> Tensor | tuple[Tensor, AttributionDetails]:
+        """The penalty.
+
+        Args:
+            scores: ``(B, K, *spatial)`` class scores with a graph to ``features``.
+            features: modality -> tensor ``(B, C, *spatial)``, or a sequence of them (scales, pooled together).
+            index: ``(B, *spatial)`` integer class to attribute at each position, for valid positions in [0, K); default the class
+                with the largest score.
+            mask: valid positions of ``scores``, bool ``(B, *spatial)``. Features with as many spatial dimensions are masked too, at
+                their resolution.
+            present: ``(B, M)`` bool in the order of ``features``; absent modalities have no share, the targets of the others are
+                normalised anew, and a sample without any counts nowhere.
+            target: for this call, in place of that of the constructor; such as from :class:`QualityTarget`.
+            return_details: return ``(penalty, AttributionDetails)``.
+        """
+        name = type(self).__name__
+        features = validate.modalities(features, name, "features")
+        target = self.target if target is None else _shares(target, name)
+        if target is not None and set(target) != set(features):
+            validate.fail(name, "features", f"the modalities of target, {sorted(target)}", sorted(features))
+        validate.tensor(scores, name, "scores")
+        if scores.dim() < 2:
+            validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
+        scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
+        flat = [
+            differentiable(x, name, f"features[{m!r}][{s}]", len(scores), self.spatial_group)
+            for m, row in zip(features, scales, strict=True)
+            for s, x in enumerate(row)
+        ]
+        score = selected_score(scores, index, mask, name)
+        attribution = gradient_statistics(
+            gradients(score, flat, name),
+            features=flat,
+            mask=None if mask is None else [self._feature_mask(mask, x) for x in flat],
+            channel_dim=self.channel_dim,
+            backend=self.backend,
+        ).attribution
+        assert attribution is not None
+        # (M, B): scales, and parts on other ranks, are pooled by the L2 norm, as pixels are.
+        squares = torch.stack([rows.double().square().sum(0) for rows in attribution.split([len(row) for row in scales])])
+        attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
+        shares = [1 / len(features) if target is None else target[m] for m in features]
+        return self._penalty(attribution, shares, present, list(features), return_details)
+
+    def _penalty(
+        self, attribution: Tensor, shares: list[float], present: Tensor | None, names: list[str], return_details: bool
+    ) -> Tensor | tuple[Tensor, AttributionDetails]:
+        name = type(self).__name__
+        target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None].expand_as(attribution)
+        if present is not None:
+            validate.tensor(present, name, "present", dtypes=(torch.bool,))
+            if tuple(present.shape) != tuple(attribution.T.shape):
+                validate.fail(name, "present", f"of shape {validate.shape(attribution.T)}", validate.shape(present))
+            attribution = torch.where(present.T, attribution, 0)
+            target = modality_share(torch.where(present.T, target, 0))
+        share = modality_share(attribution)
+        distance = (share - target).abs() if self.norm == "l1" else (share - target).square()
+        # NaN counts: it must show in the penalty.
+        counts = (attribution.sum(0) != 0) & (target.sum(0) > 0)
+        total, count = (
+            sum_over_ranks(x, self.process_group)
+            for x in (torch.where(counts, distance.sum(0), 0).sum(), counts.sum().to(distance.dtype))
+        )
+        penalty = total / count.clamp(min=1)
+        if not return_details:
+            return penalty
+        sums = sum_over_ranks(torch.where(counts, torch.stack([share, attribution]), 0).sum(2).detach(), self.process_group)
+        means = sums / count
+        return penalty, AttributionDetails(*(dict(zip(names, values, strict=True)) for values in means))
+
+    def _feature_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        spatial = x.movedim(self.channel_dim, 1).shape[2:]
+        if len(spatial) != mask.dim() - 1:  # such as pooled embeddings below a dense prediction
+            return torch.ones((x.shape[0], *spatial), dtype=torch.bool, device=x.device)
+        return resize_mask(mask, spatial)
+
+
+def _shares(target: Mapping[str, float], function: str) -> dict[str, float]:
+    """The targets, normalised to sum to 1."""
+    validate.modalities(target, function, "target", "numbers")
+    weights = {m: validate.number(w, function, f"target[{m!r}]") for m, w in target.items()}
+    total = sum(weights.values())
+    if total <= 0:
+        validate.fail(function, "target", "weights with a positive sum", weights)
+    return {m: w / total for m, w in weights.items()}
+
+
+def _root(x: Tensor) -> Tensor:
+    """Square root; its derivative at 0 is 0."""
+    return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
+
+
+def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str) -> Tensor:
+    """Sum over valid positions of the score of the attributed class."""
+    positions = scores[:, 0]
+    if mask is not None:
+        validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
+        validate.same(mask, positions, name, "mask", "scores without its classes")
+    if index is None:
+        selected = scores.max(1).values
+    else:
+        validate.tensor(index, name, "index", dtypes=(torch.int64, torch.int32, torch.uint8))
+        validate.same(index, positions, name, "index", "scores without its classes")
+        valid_index = index.long() if mask is None else torch.where(mask, index.long(), 0)
+        selected = scores.gather(1, valid_index.unsqueeze(1)).squeeze(1)
+    return (selected if mask is None else torch.where(mask, selected, 0)).sum()
