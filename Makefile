@@ -22,7 +22,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all demo study bench gpu-report lint format clean
+.PHONY: help test test-all docs demo study bench gpu-report lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,9 @@ gpu-report: $(READY)  ## what is known of the GPU kernels without a GPU: resourc
 	$(BIN)/python benchmarks/gpu_tables.py
 	$(BIN)/python benchmarks/cuda_report.py
 
+docs: $(READY)  ## the documentation as a site, in site/index.html; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs site
+
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +59,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove builds and caches; .venv stays
-	rm -rf build dist *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt modreg_fast/_cuda_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	rm -rf build dist site *.egg-info modreg_fast/*.so modreg_fast/_native_missing.txt modreg_fast/_cuda_missing.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # torch first and by exact version: the package is then built against it, and nothing that follows may bring another.

@@ -30,6 +30,11 @@ class MissingModalities:
         metric: its name.
         scores: subset of modalities that the model was given -> score; all modalities come first.
         higher_is_better: whether a higher score is better.
+
+    Example:
+        >>> result = MissingModalities("accuracy", {("rgb", "depth"): 0.75, ("rgb",): 0.5, ("depth",): 0.25}, higher_is_better=True)
+        >>> result.worst, result.mean, result.lost[("rgb",)]
+        (('depth',), 0.5, 0.25)
     """
 
     metric: str

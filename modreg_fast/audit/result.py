@@ -37,6 +37,13 @@ class Audit:
         missing: scores with every subset of the modalities.
         examples: sample images, where the features have pixels.
         no_maps: why there are no sample images, though the features have pixels.
+
+    Example:
+        >>> from modreg_fast import audit
+        >>> inputs = {"rgb": torch.randn(8, 3), "depth": torch.randn(8, 3)}
+        >>> result = audit(lambda x: x["rgb"] + x["depth"], [(inputs, inputs["rgb"].argmax(1))], progress=False)
+        >>> result.samples, list(result.share), result.missing.metric
+        (8, ['rgb', 'depth'], 'accuracy')
     """
 
     model: str

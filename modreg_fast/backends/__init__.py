@@ -14,7 +14,12 @@ from torch import Tensor
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend is usable here, and what it runs on or why it is not."""
+    """Whether a backend is usable here, and what it runs on or why it is not.
+
+    Example:
+        >>> [name for name, status in backends().items() if status.available][-1]
+        'reference'
+    """
 
     available: bool
     detail: str
@@ -43,7 +48,12 @@ _override: str | None = None  # set by use_backend; a plain global, because torc
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend with its :class:`BackendStatus`: usable here and on what, or why it is not. In the order of preference."""
+    """Every backend with its :class:`BackendStatus`: usable here and on what, or why it is not. In the order of preference.
+
+    Example:
+        >>> backends()["reference"]
+        BackendStatus(available=True, detail='plain PyTorch, any device')
+    """
     return dict(_STATUS)
 
 
@@ -62,7 +72,16 @@ def use_backend(name: str) -> Iterator[None]:
     An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The
     backward pass of an op runs on the backend of its forward pass, wherever it is called.
 
-    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend that is not usable here."""
+    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend that is not usable here.
+
+    Example:
+        >>> from modreg_fast.functional import softmax_fisher_information
+        >>> with use_backend("reference"):
+        ...     softmax_fisher_information([[torch.zeros(1, 4)], [torch.zeros(1, 4)]])
+        tensor([[[0.]],
+        <BLANKLINE>
+                [[0.]]])
+    """
     global _override
     previous, _override = _override, _require(name, "use_backend")
     try:

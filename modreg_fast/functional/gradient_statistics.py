@@ -13,7 +13,13 @@ from modreg_fast.functional.masks import scale_masks, spatial_shape
 
 
 class GradientStatistics(NamedTuple):
-    """Result of :func:`gradient_statistics`; what lacks its input is None."""
+    """Result of :func:`gradient_statistics`; what lacks its input is None.
+
+    Example:
+        >>> result = gradient_statistics([torch.ones(2, 8)], features=[torch.ones(2, 8)], maps=True)
+        >>> result.fisher is None, result.attribution_maps[0].shape
+        (True, torch.Size([2]))
+    """
 
     fisher: Tensor | None  # (K, B)
     attribution: Tensor | None  # (K, B)

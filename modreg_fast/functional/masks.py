@@ -17,7 +17,12 @@ def spatial_shape(x: Tensor, channel_dim: int) -> tuple[int, ...]:
 def resize_mask(mask: Tensor, spatial: Sequence[int]) -> Tensor:
     """``mask`` ``(B, *spatial)`` bool at another resolution: a pixel is valid when at least half of its area is.
 
-    Any ratio; to another resolution for one to three spatial dimensions."""
+    Any ratio; to another resolution for one to three spatial dimensions, else ``ValueError``.
+
+    Example:
+        >>> resize_mask(torch.tensor([[True, True, False, False, False, True]]), (3,))
+        tensor([[ True, False,  True]])
+    """
     if tuple(mask.shape[1:]) == tuple(spatial):
         return mask
     if mask.dim() != 1 + len(spatial) or not 1 <= len(spatial) <= 3:

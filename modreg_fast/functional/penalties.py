@@ -62,7 +62,7 @@ def balance_penalty(
     r"""Penalty on modalities that contribute little information,
 
     .. math::
-        R = \sum_{m,s} w_s\, \phi(\bar I_{ms}), \qquad \bar I_{ms} = \operatorname{mean}_b I_{msb}
+        R = \sum_{m,s} w_s\, \phi({\bar I}_{ms}), \qquad {\bar I}_{ms} = \operatorname{mean}_b I_{msb}
 
     ==========  =============================================  ==========================================
     objective   R                                              source
@@ -82,6 +82,13 @@ def balance_penalty(
 
     Returns:
         A scalar; 0 where nothing counts.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the message says which and why.
+
+    Example:
+        >>> round(balance_penalty(torch.tensor([[0.5], [0.25]])).item(), 3)  # two modalities, one sample: 1 / 0.5 + 1 / 0.25
+        6.0
     """
     validate.tensor(information, "balance_penalty", "information")
     if information.dim() not in (2, 3):

@@ -30,7 +30,7 @@ def softmax_fisher_information(
     Per scale and pixel, with the features :math:`X_m` of modality :math:`m`,
 
     .. math::
-        q = \operatorname{softmax}_c \operatorname{mean}_m X_m, \qquad
+        q = \operatorname{softmax}_c (\operatorname{mean}_m X_m), \qquad
         p_m = \operatorname{softmax}_c (X_m + \sigma_m \epsilon), \qquad
         f_m = -\sum_c q_c \log p_{mc}, \qquad
         I_m = \frac{\sum_c (p_{mc} - q_c)^2}{f_m + \text{eps}}

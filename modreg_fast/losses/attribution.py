@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 
 class AttributionDetails(NamedTuple):
-    """For logging, detached: mean share of each modality over the batch and mean attribution, 0-dim; NaN where no sample counts."""
+    """For logging, detached: mean share of each modality over the batch and mean attribution, 0-dim; NaN where no sample counts.
+
+    Example:
+        >>> features = {m: torch.ones(4, 8, requires_grad=True) for m in ("video", "audio")}
+        >>> scores = 3 * features["video"] + features["audio"]
+        >>> penalty, details = AttributionLoss()(scores, features, return_details=True)
+        >>> {m: share.item() for m, share in details.share.items()}
+        {'video': 0.75, 'audio': 0.25}
+    """
 
     share: dict[str, Tensor]
     attribution: dict[str, Tensor]
@@ -30,7 +38,7 @@ class AttributionLoss(nn.Module):
     :math:`a_m / \sum_k a_k`, and
 
     .. math::
-        R = \operatorname{mean}_b \sum_m |\text{share}_{mb} - r_m| \quad (\texttt{"l1"}; \text{ squared for } \texttt{"l2"}).
+        R = \operatorname{mean}_b \sum_m |\text{share}_{mb} - r_m| \quad (\text{"l1"}; \text{ squared for } \text{"l2"}).
 
     Source: arXiv:2404.02359, which updates the fusion and the classifier only:
     ``penalty.backward(inputs=list(fusion_and_classifier.parameters()))``. The inner differentiation runs eagerly, outside of

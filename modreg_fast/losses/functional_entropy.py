@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 
 class InformationDetails(NamedTuple):
-    """For logging, detached: mean information over the batch; NaN where no sample counts."""
+    """For logging, detached: mean information over the batch; NaN where no sample counts.
+
+    Example:
+        >>> features = {"rgb": [torch.randn(2, 8, 4, 4)], "depth": [torch.randn(2, 8, 4, 4)]}
+        >>> penalty, details = FunctionalEntropyLoss()(features, return_details=True)
+        >>> {m: x.shape for m, x in details.information.items()}
+        {'rgb': torch.Size([1]), 'depth': torch.Size([1])}
+    """
 
     information: dict[str, Tensor]  # modality -> (S,)
 
@@ -29,7 +36,7 @@ class FunctionalEntropyLoss(nn.Module):
 
     .. math::
         R = w \sum_{m,s} w_s\, \phi(\operatorname{mean}_b I_{msb}), \qquad
-        \phi(I) = 1 / (I + \text{eps}) \text{ for } \texttt{"inverse"}, \; -\log(I + \text{eps}) \text{ for } \texttt{"log"}
+        \phi(I) = 1 / (I + \text{eps}) \text{ for } \text{"inverse"}, \; -\log(I + \text{eps}) \text{ for } \text{"log"}
 
     and for ``"norm"`` the Euclidean norm of the inverse terms. :meth:`forward` takes the features (closed form, no second
     differentiation); :meth:`prediction_term` takes the loss map and differentiates it with respect to the modality inputs.
@@ -41,8 +48,9 @@ class FunctionalEntropyLoss(nn.Module):
         prediction_weight: ``w`` of :meth:`prediction_term`, at least 0.
         objective: ``"inverse"`` (the paper), ``"norm"`` or ``"log"``; see :func:`modreg_fast.functional.balance_penalty`.
         scale_weights: ``w_s``, one per scale; default 1.
-        sigma, samples, detach_reference, eps, backend: see :func:`modreg_fast.functional.softmax_fisher_information`; ``eps`` is also
-            added to the information in the penalty.
+        sigma, samples, detach_reference, backend: see :func:`modreg_fast.functional.softmax_fisher_information`.
+        channel_dim: dimension of the channels; 1, or -1 for tokens.
+        eps: see there; also added to the information in the penalty.
         process_group: its ranks hold other samples; statistics are summed over them, so that N ranks compute the penalty of the whole
             batch.
         spatial_group: its ranks hold parts of the same samples, such as rows of every map; sums over pixels are taken over them all.
