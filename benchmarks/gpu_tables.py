@@ -25,20 +25,19 @@ def tensors(channels: int, dtype: torch.dtype, channels_last: bool) -> list[torc
 def softmax_fisher(channels: int, dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = False) -> Launch:
     """Two modalities, one scale, no mask."""
     xs = tensors(channels, dtype, channels_last)
-    options = (xs, [], None, [0.5 * noisy] * 2, 1, torch.tensor(1) if noisy else None)
-    if backward:
-        grad, counts = torch.empty(2, 1, BATCH), torch.empty(1, BATCH, dtype=torch.int64)
-        return fisher.backward_launches(grad, counts, *options, False, 1e-8)[1][0]
-    return fisher.forward_launches(*options, 1e-8)[2][0]
+    problem = fisher.Problem(xs, [], None, [0.5 * noisy] * 2, 1, torch.tensor(1) if noisy else None, False, 1e-8)
+    return (fisher.backward_launches(problem, *[problem.empty_result()] * 2) if backward else fisher.forward_launches(problem))[
+        1
+    ][0]
 
 
 def gradient_statistics(channels: int, dtype: torch.dtype, channels_last: bool, backward: bool) -> Launch:
     """Gradient, feature and values of one tensor, no mask."""
     g, e = tensors(channels, dtype, channels_last)
-    f, result = torch.empty(BATCH, PIXELS), torch.empty(1, BATCH)
+    problem = statistics.Problem([g], [e], [torch.empty(BATCH, PIXELS)], [], 1e-8, False)
     if backward:
-        return statistics.backward_launches(result, result, [], [], result, [g], [e], [f], [], 1e-8)[1][0]
-    return statistics.forward_launches([g], [e], [f], [], 1e-8, False)[1][0]
+        return statistics.backward_launches(problem, *[problem.empty_result()] * 2)[1][0]
+    return statistics.forward_launches(problem)[1][0]
 
 
 def name(dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = False) -> str:

@@ -44,20 +44,20 @@ def softmax_fisher(
     xs = tensors(modalities, channels, dtype, channels_last, pixels)
     masks = [torch.empty(BATCH, pixels, dtype=torch.bool)] if masked else []
     present = torch.empty(BATCH, modalities, dtype=torch.bool) if masked else None
-    options = (xs, masks, present, [0.5 * noisy] * modalities, 2 if noisy else 1, torch.tensor(3) if noisy else None)
-    if not backward:
-        return fisher.forward_launches(*options, 1e-8)[2][0]
-    grad, counts = torch.empty(modalities, 1, BATCH), torch.empty(1, BATCH, dtype=torch.int64)
-    return fisher.backward_launches(grad, counts, *options, False, 1e-8)[1][0]
+    seed = torch.tensor(3) if noisy else None
+    problem = fisher.Problem(xs, masks, present, [0.5 * noisy] * modalities, 2 if noisy else 1, seed, False, 1e-8)
+    return (fisher.backward_launches(problem, *[problem.empty_result()] * 2) if backward else fisher.forward_launches(problem))[
+        1
+    ][0]
 
 
 def gradient_statistics(*, channels, dtype=torch.float32, channels_last=False, maps=False, backward=False, masked=False):
     g, e = tensors(1, channels, dtype, channels_last), tensors(1, channels, dtype, channels_last)
     f, masks = [torch.empty(BATCH, PIXELS)], [torch.empty(BATCH, PIXELS, dtype=torch.bool)] if masked else []
+    problem = statistics.Problem(g, e, f, masks, 1e-8, maps)
     if not backward:
-        return statistics.forward_launches(g, e, f, masks, 1e-8, maps)[1][0]
-    result, of_maps = torch.empty(1, BATCH), [torch.empty(BATCH, PIXELS)] if maps else []
-    return statistics.backward_launches(result, result, of_maps, of_maps, result, g, e, f, masks, 1e-8)[1][-1]
+        return statistics.forward_launches(problem)[1][0]
+    return statistics.backward_launches(problem, *[problem.empty_result()] * 2)[1][-1]
 
 
 def check_resources(launch, architecture):
@@ -181,7 +181,7 @@ def test_several_scales_are_one_launch_without_copies():
         for c, p in ((64, 4096), (128, 1024), (320, 256), (512, 64))
         for x in tensors(1, c, torch.float32, False, p)
     ]
-    main, reduction = fisher.forward_launches(xs, [], None, [0.0, 0.0], 1, None, 1e-8)[2]
+    main, reduction = fisher.forward_launches(fisher.Problem(xs, [], None, [0.0, 0.0], 1, None, False, 1e-8))[1]
     assert len(main.constants["SHAPES"]) == 4 and reduction.programs == 4 * BATCH
     kernel = check_resources(main, 90)
     assert "atom" not in kernel.asm["ptx"] and "red.global" not in kernel.asm["ptx"]

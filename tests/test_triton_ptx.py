@@ -115,16 +115,16 @@ def assert_moved_once(traffic, x, coalesced):
 def softmax_fisher(architecture, xs, scales=1, masks=(), present=None, sigma=(0.0, 0.0), samples=1, detach=False):
     """Information, upstream and gradients; the traffic of reading the features, forward and backward, and of writing gradients."""
     seed = torch.tensor(3) if any(sigma) else None
-    options = (list(masks), present, list(sigma), samples, seed)
+    problem = fisher.Problem(xs, list(masks), present, list(sigma), samples, seed, detach, EPS)
     gpu = Gpu(architecture, *xs, *masks, *(x for x in (present, seed) if x is not None))
-    information, counts, launches = fisher.forward_launches(xs, *options, EPS)
+    (information, counts), launches = fisher.forward_launches(problem)
     forward, _ = [gpu.run(launch) for launch in launches]
     loads = [forward.loads_of[gpu.buffer(x)] for x in xs]
     gpu.fetch(information, counts)
     pixels = torch.tensor([x.shape[2] for x in xs[:scales]])
     upstream = torch.randn_like(information) * pixels[:, None]  # so that gradients of single pixels are of order one
     gpu = Gpu(architecture, *xs, *masks, upstream, counts, *(x for x in (present, seed) if x is not None))
-    gradients, (launch,) = fisher.backward_launches(upstream, counts, xs, *options, detach, EPS)
+    gradients, (launch,) = fisher.backward_launches(problem, fisher.Result(None, counts), fisher.Result(upstream, None))
     backward = gpu.run(launch)
     gpu.fetch(*gradients)
     loads += [backward.loads_of[gpu.buffer(x)] for x in xs]
@@ -212,7 +212,8 @@ def check_gradient_statistics(architecture, shapes, dtype, layout, masks=(), map
     g, e = tensors(shapes, 1, dtype, layout), tensors(shapes, 1, dtype, layout)
     f = [torch.rand(b, p) + 0.1 for b, _, p in shapes]
     gpu = Gpu(architecture, *g, *e, *f, *masks)
-    results, launches = statistics.forward_launches(g, e, f, list(masks), EPS, maps)
+    problem = statistics.Problem(g, e, f, list(masks), EPS, maps)
+    results, launches = statistics.forward_launches(problem)
     forward = [gpu.run(launch) for launch in launches][0]
     fisher_, attribution, fisher_maps, attribution_maps = results
     gpu.fetch(fisher_, attribution, *fisher_maps, *attribution_maps)
@@ -222,9 +223,10 @@ def check_gradient_statistics(architecture, shapes, dtype, layout, masks=(), map
     up = [torch.randn_like(fisher_), torch.randn_like(attribution)]
     up_maps = [[torch.randn_like(x) for x in some] for some in (fisher_maps, attribution_maps)]
     gpu = Gpu(architecture, *g, *e, *f, *masks, *up, *up_maps[0], *up_maps[1], attribution)
-    gradients, launches = statistics.backward_launches(*up, *up_maps, attribution, g, e, f, list(masks), EPS)
+    flat, launches = statistics.backward_launches(problem, results, statistics.Result(*up, *up_maps))
     backward = [gpu.run(launch) for launch in launches][-1]
-    gpu.fetch(*itertools.chain(*gradients))
+    gpu.fetch(*flat)
+    gradients = [flat[i : i + len(shapes)] for i in range(0, len(flat), len(shapes))]
     for k in range(len(shapes)):
         upstream = [up[0][k], up[1][k], *(some[k] if maps else None for some in up_maps)]
         want = oracle.gradient_statistics(
@@ -268,7 +270,7 @@ def test_gradient_statistics_of_odd_sizes_with_masks(dtype, layout, maps):
 def test_a_wrong_launch_is_found():
     """A row one pixel too long, an input that is not there, a tile that no program computes."""
     xs = tensors([(1, 64, 96)], 2, torch.float32, "pixels")
-    _, _, (main, reduction) = fisher.forward_launches(xs, [], None, [0.0, 0.0], 1, None, EPS)
+    _, (main, reduction) = fisher.forward_launches(fisher.Problem(xs, [], None, [0.0, 0.0], 1, None, False, EPS))
     arguments = list(main.arguments)
     arguments[8] = (97,)  # pixels
     with pytest.raises(ptx.OutOfBounds):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modreg_fast import functional, ops
+from modreg_fast.backends.reference.softmax_fisher import Problem
 
 OPS = ("softmax_fisher", "gradient_statistics")
 
@@ -36,7 +37,8 @@ class Work:
         masks = [] if self.seed is None else [self.mask]
         if self.op == "softmax_fisher":
             noise = [0.0, 0.0] if self.seed is None else [0.5, 0.0]
-            return [ops.softmax_fisher(self.inputs, masks, None, noise, 2, self.seed, False, 1e-8, self.backend)[0]]
+            problem = Problem(self.inputs, masks, None, noise, 2, self.seed, False, 1e-8)
+            return [ops.softmax_fisher(problem, self.backend).information]
         found = functional.gradient_statistics(
             self.inputs[:1], self.inputs[1:], [self.values], mask=masks or None, backend=self.backend
         )

@@ -1,6 +1,6 @@
-"""Who computes. Each backend is a module that holds ``softmax_fisher`` and ``gradient_statistics``, each with ``forward`` and
-``backward`` of one signature (documented in ``backends/reference``), and ``status()``. A new backend is one folder and one line
-in ``_REGISTRY``."""
+"""Who computes. Each backend is a module that holds ``softmax_fisher`` and ``gradient_statistics``, each with ``forward(problem)`` and
+``backward(problem, result, upstream)`` (documented in ``backends/reference``), and ``status()``. A new backend is one folder and one
+line in ``_REGISTRY``."""
 
 import contextlib
 import importlib

@@ -80,14 +80,14 @@ def _plain_formula(case: Case) -> Function:
 
     def softmax_fisher_information(leaves: Sequence[Tensor]) -> list[Tensor]:
         features = [_pixels_last(x, shape.channel_dim) for x in leaves]
-        return [softmax_fisher.forward(features, [], None, [0.0] * shape.modalities, 1, None, _EPS)[0]]
+        problem = softmax_fisher.Problem(features, [], None, [0.0] * shape.modalities, 1, None, False, _EPS)
+        return [softmax_fisher.forward(problem).information]
 
     def statistics(leaves: Sequence[Tensor]) -> list[Tensor]:
         grads, features, values = _rows(leaves, len(leaves) // 3)
         grads, features = ([_pixels_last(x, shape.channel_dim) for x in tensors] for tensors in (grads, features))
-        return list(
-            gradient_statistics.forward(grads, features, [f.reshape(f.shape[0], -1) for f in values], [], _EPS, False)[:2]
-        )
+        values = [f.reshape(f.shape[0], -1) for f in values]
+        return list(gradient_statistics.forward(gradient_statistics.Problem(grads, features, values, [], _EPS, False))[:2])
 
     return softmax_fisher_information if case.op == "softmax_fisher" else statistics
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from modreg_fast import _validate as validate
 from modreg_fast import ops
 from modreg_fast.backends import resolve
+from modreg_fast.backends.reference.gradient_statistics import Problem
 from modreg_fast.functional.masks import scale_masks, spatial_shape
 
 
@@ -107,9 +108,8 @@ def gradient_statistics(
     masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
     validate.number(eps, function, "eps")
     name = resolve(backend, flat_grads[0], function)
-    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(
-        flat_grads, flat_features, flat_values, masks, float(eps), maps, name
-    )
+    problem = Problem(flat_grads, flat_features, flat_values, masks, float(eps), maps)
+    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
     return GradientStatistics(
         fisher if flat_values else None,
         attribution if flat_features else None,

@@ -8,6 +8,7 @@ from torch import Tensor
 from modreg_fast import _validate as validate
 from modreg_fast import ops
 from modreg_fast.backends import resolve
+from modreg_fast.backends.reference.softmax_fisher import Problem
 from modreg_fast.functional.masks import scale_masks, spatial_shape
 
 
@@ -137,9 +138,8 @@ def softmax_fisher_with_counts(
     if noise_seed is None:
         samples = 1  # without noise every draw is the same
     name = resolve(backend, flat[0][0], function)
-    return ops.softmax_fisher(
-        [x for row in flat for x in row], masks, present, sigmas, samples, noise_seed, detach_reference, float(eps), name
-    )
+    problem = Problem([x for row in flat for x in row], masks, present, sigmas, samples, noise_seed, detach_reference, float(eps))
+    return ops.softmax_fisher(problem, name)
 
 
 def _sigmas(sigma: float | Sequence[float], modalities: int, function: str) -> list[float]:

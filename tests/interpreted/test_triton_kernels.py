@@ -1,6 +1,5 @@
 """The Triton kernels themselves, in the interpreter: memory traffic, noise bits, tiles, determinism, one graph under torch.compile."""
 
-import itertools
 from dataclasses import replace
 
 import helpers
@@ -43,16 +42,18 @@ def test_softmax_fisher_reads_every_feature_once(shapes, dtype, layout, sigma=0.
     xs = tensors(shapes, 2, dtype, layout)
     size = sum(x.numel() * x.element_size() for x in xs)
     seed = torch.tensor(3) if sigma else None
-    options = ([], None, [sigma, sigma], 2 if sigma else 1, seed)
+    problem = fisher.Problem(xs, [], None, [sigma, sigma], 2 if sigma else 1, seed, False, EPS)
     with traffic() as forward:
-        information, counts, (main, reduction) = fisher.forward_launches(xs, *options, EPS)
+        (information, counts), (main, reduction) = fisher.forward_launches(problem)
         run([main, reduction])
     assert forward.loaded(*xs) == forward.distinct(*xs) == size
     partial = main.arguments[10]
     assert forward.stored_once(partial) and forward.stored_once(information) and forward.stored_once(counts)
     assert forward.loaded(partial) == partial.numel() * 4
     with traffic() as backward:
-        gradients, main = fisher.backward_launches(torch.randn_like(information), counts, xs, *options, False, EPS)
+        gradients, main = fisher.backward_launches(
+            problem, fisher.Result(None, counts), fisher.Result(torch.randn_like(information), None)
+        )
         run(main)
     assert len(main) == 1
     assert backward.loaded(*xs) == backward.distinct(*xs) == size
@@ -68,7 +69,7 @@ def test_masks_are_read_once_and_absent_modalities_not_at_all():
     xs, mask = tensors([(2, 6, 40)], 2, torch.float32, "pixels"), torch.rand(2, 40) < 0.5
     present = torch.tensor([[True, True], [True, False]])
     with traffic() as counted:
-        run(fisher.forward_launches(xs, [mask], present, [0.0, 0.0], 1, None, EPS)[2])
+        run(fisher.forward_launches(fisher.Problem(xs, [mask], present, [0.0, 0.0], 1, None, False, EPS))[1])
     assert counted.loaded(mask) == 80
     assert counted.loaded(xs[0]) == 2 * 6 * 40 * 4 and counted.loaded(xs[1]) == 6 * 40 * 4
 
@@ -79,20 +80,20 @@ def test_masks_are_read_once_and_absent_modalities_not_at_all():
 def test_gradient_statistics_reads_everything_once(shapes, dtype, layout):
     g, e = tensors(shapes, 1, dtype, layout), tensors(shapes, 1, dtype, layout)
     f = [torch.rand(b, p) for b, _, p in shapes]
-    everything = [*g, *e, *f]
+    everything, problem = [*g, *e, *f], statistics.Problem(g, e, f, [], EPS, True)
     with traffic() as forward:
-        results, forward_launches = statistics.forward_launches(g, e, f, [], EPS, True)
+        results, forward_launches = statistics.forward_launches(problem)
         run(forward_launches)
     assert len(forward_launches) == 2
     assert all(forward.loaded(x) == forward.distinct(x) == x.numel() * x.element_size() for x in everything)
     assert all(forward.stored_once(x) for x in (*results[:2], *results[2], *results[3]))
-    fisher_, attribution = results[:2]
+    upstream = statistics.Result(*results[:2], [], [])
     with traffic() as backward:
-        gradients, backward_launches = statistics.backward_launches(fisher_, attribution, [], [], attribution, g, e, f, [], EPS)
+        gradients, backward_launches = statistics.backward_launches(problem, results, upstream)
         run(backward_launches)
     assert len(backward_launches) == 1
     assert all(backward.loaded(x) == backward.distinct(x) == x.numel() * x.element_size() for x in everything)
-    assert all(backward.stored_once(x) for x in itertools.chain(*gradients))
+    assert all(backward.stored_once(x) for x in gradients)
 
 
 def test_gradients_of_attribution_maps_read_twice():
@@ -100,14 +101,16 @@ def test_gradients_of_attribution_maps_read_twice():
     g, e = tensors([(2, 6, 40)], 1, torch.float32, "pixels"), tensors([(2, 6, 40)], 1, torch.float32, "pixels")
     up = torch.randn(1, 2)
     with traffic() as counted:
-        run(statistics.backward_launches(torch.empty(0, 2), up, [], [torch.randn(2, 40)], up, g, e, [], [], EPS)[1])
+        upstream = statistics.Result(torch.empty(0, 2), up, [], [torch.randn(2, 40)])
+        run(statistics.backward_launches(statistics.Problem(g, e, [], [], EPS, True), upstream, upstream)[1])
     assert counted.loaded(*g, *e) == 2 * counted.distinct(*g, *e) == 2 * 2 * 2 * 6 * 40 * 4
 
 
 def test_masked_backward_counts_in_one_launch():
     g, f = tensors([(2, 6, 40), (2, 3, 7)], 1, torch.float32, "pixels"), [torch.rand(2, 40), torch.rand(2, 7)]
     masks = [torch.rand(2, 40) < 0.5, torch.rand(2, 7) < 0.5]
-    _, found = statistics.backward_launches(torch.ones(2, 2), torch.empty(0, 2), [], [], torch.empty(0, 2), g, [], f, masks, EPS)
+    result = statistics.Result(torch.ones(2, 2), torch.empty(0, 2), [], [])
+    _, found = statistics.backward_launches(statistics.Problem(g, [], f, masks, EPS, False), result, result)
     assert len(found) == 2
     found[0].run()
     assert found[0].arguments[-1].tolist() == [m.sum(1).tolist() for m in masks]
@@ -215,7 +218,7 @@ def test_mixed_types_layouts_and_scales_in_one_call():
 def test_offsets_of_64_bits():
     """The kernels for samples of 2^31 elements and more, on small ones; and which samples are that large."""
     xs = tensors([(2, 19, 33)], 2, torch.float32, "pixels")
-    information, _, found = fisher.forward_launches(xs, [], None, [0.0, 0.0], 1, None, EPS)
+    (information, _), found = fisher.forward_launches(fisher.Problem(xs, [], None, [0.0, 0.0], 1, None, False, EPS))
     run(found)
     expected = information.clone()
     (shape,) = found[0].constants["SHAPES"]

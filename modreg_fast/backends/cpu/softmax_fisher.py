@@ -1,63 +1,40 @@
 """``softmax_fisher`` by the native kernels, of the CPU or of CUDA, where the tensors are.
 
-Signatures and definitions: ``backends/reference/softmax_fisher.py``."""
+Definitions: ``backends/reference/softmax_fisher.py``."""
 
 import torch
 from torch import Tensor
 
 from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
-from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
+from modreg_fast.backends.reference.softmax_fisher import Problem, Result
 
 _MOST_MODALITIES = {"cpu": 64, "cuda": 48}
 
 
-def forward(
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    device = features[0].device.type
-    if len(sigma) > _MOST_MODALITIES[device]:
+def forward(problem: Problem) -> Result:
+    device, modalities = problem.features[0].device.type, problem.modalities
+    if modalities > _MOST_MODALITIES[device]:
         raise ValueError(
-            f"softmax_fisher: backend {device!r} takes at most {_MOST_MODALITIES[device]} modalities, got {len(sigma)}"
+            f"softmax_fisher: backend {device!r} takes at most {_MOST_MODALITIES[device]} modalities, got {modalities}"
         )
-    batch, scales = features[0].shape[0], len(features) // len(sigma)
-    information = features[0].new_empty((len(sigma), scales, batch), dtype=accumulation_dtype(features))
-    counts = features[0].new_empty((scales, batch), dtype=torch.int64)
-    torch.ops.modreg_fast_native.softmax_fisher_forward(
-        [in_layout(x) for x in features], _contiguous(masks), _flat(present), sigma, samples, seed, eps, information, counts
-    )
-    return information, counts
+    features, masks, present, sigma, samples, seed, _, eps = _prepared(problem)
+    result = problem.empty_result()
+    torch.ops.modreg_fast_native.softmax_fisher_forward(features, masks, present, sigma, samples, seed, eps, *result)
+    return result
 
 
-def backward(
-    grad: Tensor,
-    counts: Tensor,
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    detach_reference: bool,
-    eps: float,
-) -> list[Tensor]:
-    features = [in_layout(x) for x in features]
-    gradients = [empty_in_layout(x, layout_of(x)) for x in features]
-    weight = (grad.double() / (counts.clamp(min=1) * samples)).contiguous()
-    torch.ops.modreg_fast_native.softmax_fisher_backward(
-        weight, features, _contiguous(masks), _flat(present), sigma, samples, seed, detach_reference, eps, gradients
-    )
+def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
+    problem = _prepared(problem)
+    gradients = [empty_in_layout(x, layout_of(x)) for x in problem.features]
+    weight = (upstream.information.double() / (result.counts.clamp(min=1) * problem.samples)).contiguous()
+    torch.ops.modreg_fast_native.softmax_fisher_backward(weight, *problem, gradients)
     return gradients
 
 
-def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.contiguous() for x in tensors]
-
-
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _prepared(problem: Problem) -> Problem:
+    """As the kernels read it."""
+    return problem._replace(
+        features=[in_layout(x) for x in problem.features],
+        masks=[m.contiguous() for m in problem.masks],
+        present=None if problem.present is None else problem.present.contiguous(),
+    )

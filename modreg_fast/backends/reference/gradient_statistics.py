@@ -4,12 +4,62 @@ Per tensor, with the gradient ``g`` and the feature ``e`` of shape ``(B, C, P)``
 
     fisher_map      = sum_c g^2 / (f + eps)               fisher[b]      = mean of fisher_map over valid pixels
     attribution_map = sqrt( sum_c (g * e)^2 )             attribution[b] = sqrt( sum of attribution_map^2 over valid pixels )
+
+Every backend takes a :class:`Problem` and gives a :class:`Result`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype, keep
+
+
+class Problem(NamedTuple):
+    """One call: what it reads, and its options. ``functional`` makes and checks it, every backend reads it."""
+
+    grads: list[Tensor]  # K tensors (B, C_k, P_k)
+    features: list[Tensor]  # none, or K of the same shapes
+    values: list[Tensor]  # none, or K tensors (B, P_k)
+    masks: list[Tensor]  # none, or K bool tensors (B, P_k): the valid pixels
+    eps: float
+    maps: bool
+
+    @property
+    def batch(self) -> int:
+        return self.grads[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the results."""
+        return accumulation_dtype([*self.grads, *self.features, *self.values])
+
+    def empty_result(self) -> "Result":
+        """Its memory, to be filled."""
+        batch, dtype, x = self.batch, self.dtype, self.grads[0]
+
+        def maps(inputs: list[Tensor]) -> list[Tensor]:
+            return [x.new_empty((batch, g.shape[2]), dtype=dtype) for g in self.grads] if self.maps and inputs else []
+
+        fisher = x.new_empty((len(self.values), batch), dtype=dtype)
+        attribution = x.new_empty((len(self.features), batch), dtype=dtype)
+        return Result(fisher, attribution, maps(self.values), maps(self.features))
+
+
+class Result(NamedTuple):
+    """Of a call, or the gradients of a result; None for what the backward pass does not read. What lacks its input is ``(0, B)`` and has
+    no maps."""
+
+    fisher: Tensor  # (K, B)
+    attribution: Tensor  # (K, B)
+    fisher_maps: list[Tensor]  # none, or K maps (B, P_k)
+    attribution_maps: list[Tensor]
+
+
+DIFFERENTIABLE_INPUTS = ("grads", "features", "values")
+DIFFERENTIABLE_RESULTS = ("fisher", "attribution", "fisher_maps", "attribution_maps")
+KEPT_RESULTS = ("attribution",)  # what the backward pass reads
 
 
 def _validity(g: Tensor, masks: list[Tensor], k: int) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
@@ -31,13 +81,10 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, 0, a / torch.where(zero, 1, b))
 
 
-def forward(
-    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, maps: bool
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """``grads``, ``features``: K tensors ``(B, C_k, P_k)``; ``values``: K tensors ``(B, P_k)``; ``masks``: K bool tensors
-    ``(B, P_k)``; each but ``grads`` may be empty. Returns ``fisher (K, B)``, ``attribution (K, B)`` and, if ``maps``, the maps
-    ``(B, P_k)``; what lacks its input has no entries: shape ``(0, B)`` and an empty list."""
-    dtype = accumulation_dtype([*grads, *features, *values])
+def forward(problem: Problem) -> Result:
+    """In differentiable PyTorch."""
+    grads, features, values, masks, eps, maps = problem
+    dtype = problem.dtype
     fisher, attribution, fisher_maps, attribution_maps = [], [], [], []
     for k, g in enumerate(grads):
         valid, valid_channels, count = _validity(g, masks, k)
@@ -50,8 +97,8 @@ def forward(
             square = (g * keep(features[k].to(dtype), valid_channels)).square().sum(1)
             attribution_maps.append(_sqrt(square))
             attribution.append(_sqrt(square.sum(1)))
-    none = torch.zeros(0, grads[0].shape[0], dtype=dtype, device=grads[0].device)
-    return (
+    none = torch.zeros(0, problem.batch, dtype=dtype, device=grads[0].device)
+    return Result(
         torch.stack(fisher) if fisher else none,
         torch.stack(attribution) if attribution else none.clone(),
         fisher_maps if maps else [],
@@ -59,25 +106,15 @@ def forward(
     )
 
 
-def backward(
-    grad_fisher: Tensor,
-    grad_attribution: Tensor,
-    grad_fisher_maps: list[Tensor],
-    grad_attribution_maps: list[Tensor],
-    attribution: Tensor,
-    grads: list[Tensor],
-    features: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    eps: float,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
     """Gradients with respect to ``grads``, ``features`` and ``values``. With ``u`` the upstream weight of ``fisher_map`` and ``v``
     that of ``sum_c (g e)^2``, per pixel (the square roots put ``1 / (2 a)`` into ``v``; 0 where the attribution ``a`` is 0)::
 
         dg = 2 u / (f + eps) g + 2 v g e^2        de = 2 v g^2 e        df = -u sum_c g^2 / (f + eps)^2
 
     In differentiable PyTorch, so that it serves second derivatives as well."""
-    dtype = accumulation_dtype([*grads, *features, *values])
+    grads, features, values, masks, eps, _ = problem
+    dtype = problem.dtype
     to_grads, to_features, to_values = [], [], []
     for k, original in enumerate(grads):
         valid, valid_channels, count = _validity(original, masks, k)
@@ -86,19 +123,19 @@ def backward(
         if values:
             # A pixel that does not count has g = u = v = 0, so any finite f gives it zero gradients.
             f = keep(values[k].to(dtype), valid) + (eps if valid is None else torch.where(valid, eps, 1.0))
-            u = grad_fisher[k, :, None] / count
-            if grad_fisher_maps:
-                u = u + grad_fisher_maps[k]
+            u = upstream.fisher[k, :, None] / count
+            if upstream.fisher_maps:
+                u = u + upstream.fisher_maps[k]
             u = keep(u, valid)
             total = total + (2 * u / f)[:, None] * g
             to_values.append((-u * g.square().sum(1) / f.square()).to(values[k].dtype))
         if features:
             e = keep(features[k].to(dtype), valid_channels)
-            v = _divide(grad_attribution[k], 2 * attribution[k])[:, None]
-            if grad_attribution_maps:
-                v = v + _divide(grad_attribution_maps[k], 2 * _sqrt((g * e).square().sum(1)))
+            v = _divide(upstream.attribution[k], 2 * result.attribution[k])[:, None]
+            if upstream.attribution_maps:
+                v = v + _divide(upstream.attribution_maps[k], 2 * _sqrt((g * e).square().sum(1)))
             v = keep(v, valid)
             total = total + 2 * v[:, None] * g * e.square()
             to_features.append((2 * v[:, None] * g.square() * e).to(features[k].dtype))
         to_grads.append(total.to(original.dtype))
-    return to_grads, to_features, to_values
+    return [*to_grads, *to_features, *to_values]

@@ -1,4 +1,4 @@
-"""``gradient_statistics`` in Triton. Signatures and definitions: ``backends/reference/gradient_statistics.py``. Per pixel::
+"""``gradient_statistics`` in Triton. Definitions: ``backends/reference/gradient_statistics.py``. Per pixel::
 
     fisher_map = sum_c g^2 / (f + eps)        attribution_map = sqrt( sum_c (g e)^2 )
 
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modreg_fast.backends.layout import empty_in_layout, layout_of
+from modreg_fast.backends.reference.gradient_statistics import Problem, Result
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 from modreg_fast.backends.triton import launches
 from modreg_fast.backends.triton.launches import Launch, Shape
@@ -232,10 +233,9 @@ def _shape(tensors: list[Tensor], dtype: torch.dtype, twice: bool) -> Shape:
     return Shape(channels, last, vector, launches.far(tensors), dtype == torch.float64, block_c, block_p)
 
 
-def _prepared(
-    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, twice: bool
-) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
+def _prepared(problem: Problem, twice: bool) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
     """Gradient and feature of every tensor as the kernels read them, the shapes, and the arguments that the large kernels share."""
+    grads, features, values, masks, eps, _ = problem
     launches.check_pixels(grads, "gradient_statistics")
     pairs = [launches.in_one_layout([g, *features[k : k + 1]]) for k, g in enumerate(grads)]
     shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]]), twice) for k, pair in enumerate(pairs)]
@@ -247,36 +247,29 @@ def _prepared(
         tuple(launches.strides(pair, shape) for pair, shape in zip(pairs, shapes, strict=True)),
         launches.two_floats(eps),
         tuple(g.shape[2] for g in grads),
-        grads[0].shape[0],
+        problem.batch,
     )
     return pairs, tuple(shapes), arguments
 
 
-def forward_launches(
-    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, maps: bool
-) -> tuple[tuple[Tensor, Tensor, list[Tensor], list[Tensor]], list[Launch]]:
-    """The results of ``forward``, and the launches that fill them."""
-    dtype, batch = accumulation_dtype([*grads, *features, *values]), grads[0].shape[0]
-    _, shapes, shared = _prepared(grads, features, values, masks, eps, False)
-    pixels = shared[6]
+def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
+    """The result of ``forward``, and the launches that fill it."""
+    grads = problem.grads
+    _, shapes, shared = _prepared(problem, False)
+    pixels, batch = shared[6:8]
     programs = sum(shape.programs(g) for shape, g in zip(shapes, grads, strict=True))
-
-    def empty(inputs: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """The statistic that takes these inputs, its maps, and the sums of the tiles."""
-        statistic = grads[0].new_empty((len(inputs), batch), dtype=dtype)
-        some_maps = [statistic.new_empty((batch, size)) for size in pixels] if maps and inputs else []
-        return statistic, some_maps, statistic.new_empty(programs) if inputs else None
-
-    fisher, fisher_maps, partial_fisher = empty(values)
-    attribution, attribution_maps, partial_attribution = empty(features)
-    partial_counts = fisher.new_empty(programs, dtype=torch.int32) if masks else None
+    result = problem.empty_result()
+    # The sums of the tiles, of the statistics that have their input.
+    partial_fisher = result.fisher.new_empty(programs) if problem.values else None
+    partial_attribution = result.attribution.new_empty(programs) if problem.features else None
+    partial_counts = result.fisher.new_empty(programs, dtype=torch.int32) if problem.masks else None
     partial = (partial_fisher, partial_attribution, partial_counts)
     main = Launch(
         _forward_kernel,
         grads[0].device,
         programs,
         _THREADS,
-        (*shared, tuple(fisher_maps), tuple(attribution_maps), *partial),
+        (*shared, tuple(result.fisher_maps), tuple(result.attribution_maps), *partial),
         {"SHAPES": shapes},
     )
     reduction = Launch(
@@ -284,32 +277,22 @@ def forward_launches(
         main.device,
         len(grads) * batch,
         _THREADS,
-        (*partial, pixels, batch, fisher, attribution),
+        (*partial, pixels, batch, result.fisher, result.attribution),
         {"SHAPES": shapes, "BLOCK": 1024},
     )
-    return (fisher, attribution, fisher_maps, attribution_maps), [main, reduction]
+    return result, [main, reduction]
 
 
-def backward_launches(
-    grad_fisher: Tensor,
-    grad_attribution: Tensor,
-    grad_fisher_maps: list[Tensor],
-    grad_attribution_maps: list[Tensor],
-    attribution: Tensor,
-    grads: list[Tensor],
-    features: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    eps: float,
-) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor]], list[Launch]]:
-    """The results of ``backward``, and the launches that fill them."""
-    pairs, shapes, shared = _prepared(grads, features, values, masks, eps, bool(grad_attribution_maps))
+def backward_launches(problem: Problem, result: Result, upstream: Result) -> tuple[list[Tensor], list[Launch]]:
+    """The gradients of ``backward``, and the launches that fill them."""
+    grads, values, masks = problem.grads, problem.values, problem.masks
+    pairs, shapes, shared = _prepared(problem, bool(upstream.attribution_maps))
+    pixels, batch = shared[6:8]
     outputs = [[empty_in_layout(x, layout_of(x)) for x in pair] for pair in pairs]
     to_grads, to_features = [pair[0] for pair in outputs], [pair[1] for pair in outputs if len(pair) > 1]
     to_values = [f.new_empty(f.shape) for f in values]
     output_strides = tuple(launches.strides(pair[:1], shape)[0] for pair, shape in zip(outputs, shapes, strict=True))
-    batch, pixels = shared[7], shared[6]
-    counts = grad_fisher.new_empty((len(grads), batch), dtype=torch.int32) if masks and values else None
+    counts = upstream.fisher.new_empty((len(grads), batch), dtype=torch.int32) if masks and values else None
     main = Launch(
         _backward_kernel,
         grads[0].device,
@@ -317,11 +300,11 @@ def backward_launches(
         _THREADS,
         (
             *shared,
-            grad_fisher.contiguous(),
-            grad_attribution.contiguous(),
-            tuple(x.contiguous() for x in grad_fisher_maps),
-            tuple(x.contiguous() for x in grad_attribution_maps),
-            attribution.contiguous(),
+            upstream.fisher.contiguous(),
+            upstream.attribution.contiguous(),
+            tuple(x.contiguous() for x in upstream.fisher_maps),
+            tuple(x.contiguous() for x in upstream.attribution_maps),
+            result.attribution.contiguous(),
             counts,
             tuple(to_grads),
             tuple(to_features),
@@ -330,39 +313,17 @@ def backward_launches(
         ),
         {"SHAPES": shapes},
     )
-    results = to_grads, to_features, to_values
+    gradients = [*to_grads, *to_features, *to_values]
     if counts is None:
-        return results, [main]
+        return gradients, [main]
     constants = {"SHAPES": shapes, "BLOCK": 4096}
-    return results, [
-        Launch(_count_kernel, main.device, counts.numel(), _THREADS, (shared[3], pixels, batch, counts), constants),
-        main,
-    ]
+    counting = Launch(_count_kernel, main.device, counts.numel(), _THREADS, (shared[3], pixels, batch, counts), constants)
+    return gradients, [counting, main]
 
 
-def forward(
-    grads: list[Tensor], features: list[Tensor], values: list[Tensor], masks: list[Tensor], eps: float, maps: bool
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    results, launches = forward_launches(grads, features, values, masks, eps, maps)
-    for launch in launches:
-        launch.run()
-    return results
+def forward(problem: Problem) -> Result:
+    return launches.run(*forward_launches(problem))
 
 
-def backward(
-    grad_fisher: Tensor,
-    grad_attribution: Tensor,
-    grad_fisher_maps: list[Tensor],
-    grad_attribution_maps: list[Tensor],
-    attribution: Tensor,
-    grads: list[Tensor],
-    features: list[Tensor],
-    values: list[Tensor],
-    masks: list[Tensor],
-    eps: float,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    upstream = (grad_fisher, grad_attribution, grad_fisher_maps, grad_attribution_maps, attribution)
-    results, launches = backward_launches(*upstream, grads, features, values, masks, eps)
-    for launch in launches:
-        launch.run()
-    return results
+def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
+    return launches.run(*backward_launches(problem, result, upstream))

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modreg_fast.backends.layout import Layout, in_layout, layout_of
+
+Results = TypeVar("Results")
 
 LOAD_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # what memory delivers at least
@@ -62,6 +64,13 @@ class Launch:
         """What Triton's backend of that name (``"cuda"`` or ``"hip"``) is told."""
         limited = backend == "cuda" and not any(shape.wide for shape in self.constants["SHAPES"])
         return {"num_warps": self.threads // warp_size, **({"maxnreg": _REGISTERS} if limited else {})}
+
+
+def run(results: Results, launches: Sequence[Launch]) -> Results:
+    """The results, once the launches that fill them are queued."""
+    for launch in launches:
+        launch.run()
+    return results
 
 
 @cache

@@ -1,4 +1,4 @@
-"""``softmax_fisher`` in Triton. Signatures and definitions: ``backends/reference/softmax_fisher.py``. Per pixel, with R the mean over
+"""``softmax_fisher`` in Triton. Definitions: ``backends/reference/softmax_fisher.py``. Per pixel, with R the mean over
 present modalities X_m::
 
     q = softmax_c(R),  p_m = softmax_c(X_m + sigma_m noise),  f_m = -sum_c q_c log p_mc,  I_m = sum_c (p_mc - q_c)^2 / (f_m + eps)
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modreg_fast.backends.layout import empty_in_layout, layout_of
-from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
+from modreg_fast.backends.reference.softmax_fisher import Problem, Result
 from modreg_fast.backends.triton import launches
 from modreg_fast.backends.triton.launches import Launch, Shape
 from modreg_fast.backends.triton.noise import standard_normal
@@ -327,23 +327,14 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
     return tuple(shapes), threads
 
 
-def _prepared(
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    eps: float,
-    backward: bool,
-) -> tuple[list[list[Tensor]], Launch]:
+def _prepared(problem: Problem, backward: bool) -> tuple[list[list[Tensor]], Launch]:
     """The features by scale, as the kernels read them, and a launch that has all but what one kernel alone takes."""
-    scales = len(features) // len(sigma)
+    features, masks, present, sigma, samples, seed, _, eps = problem
     channels = max(x.shape[1] for x in features)
     launches.check_pixels(features, "softmax_fisher")
     if channels > _MOST_CHANNELS:
         raise ValueError(f"softmax_fisher: backend 'triton' takes at most {_MOST_CHANNELS} channels, got {channels}")
-    by_scale = [launches.in_one_layout(features[s::scales]) for s in range(scales)]
+    by_scale = [launches.in_one_layout(problem.scale(s)) for s in range(problem.scales)]
     shapes, threads = _configuration(by_scale, any(s > 0 for s in sigma), backward)
     arguments = (
         tuple(map(tuple, by_scale)),
@@ -363,85 +354,39 @@ def _prepared(
     return by_scale, Launch(kernel, features[0].device, programs, threads, arguments, constants)
 
 
-def forward_launches(
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, list[Launch]]:
-    """The results of ``forward``, and the launches that fill them."""
-    _, main = _prepared(features, masks, present, sigma, samples, seed, eps, False)
-    batch, modalities, scales = features[0].shape[0], len(sigma), len(features) // len(sigma)
-    information = features[0].new_empty((modalities, scales, batch), dtype=accumulation_dtype(features))
-    counts = features[0].new_empty((scales, batch), dtype=torch.int64)
-    partial = information.new_empty((modalities, main.programs))
-    partial_counts = counts.new_empty(main.programs, dtype=torch.int32) if masks else None
-    pixels = main.arguments[8]
+def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
+    """The result of ``forward``, and the launches that fill it."""
+    _, main = _prepared(problem, False)
+    result, modalities = problem.empty_result(), problem.modalities
+    partial = result.information.new_empty((modalities, main.programs))
+    partial_counts = result.counts.new_empty(main.programs, dtype=torch.int32) if problem.masks else None
+    pixels, batch = main.arguments[8:10]
     reduction = Launch(
         _reduce_kernel,
         main.device,
-        scales * batch,
+        problem.scales * batch,
         _LEAST_THREADS,
-        (partial, partial_counts, samples, pixels, batch, main.programs, information, counts),
+        (partial, partial_counts, problem.samples, pixels, batch, main.programs, *result),
         {"SHAPES": main.constants["SHAPES"], "MODALITIES": modalities, "BLOCK": 1024},
     )
-    return information, counts, [replace(main, arguments=(*main.arguments, partial, partial_counts)), reduction]
+    return result, [replace(main, arguments=(*main.arguments, partial, partial_counts)), reduction]
 
 
-def backward_launches(
-    grad: Tensor,
-    counts: Tensor,
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    detach_reference: bool,
-    eps: float,
-) -> tuple[list[Tensor], list[Launch]]:
-    """The result of ``backward``, and the launch that fills it."""
-    by_scale, main = _prepared(features, masks, present, sigma, samples, seed, eps, True)
+def backward_launches(problem: Problem, result: Result, upstream: Result) -> tuple[list[Tensor], list[Launch]]:
+    """The gradients of ``backward``, and the launch that fills them."""
+    by_scale, main = _prepared(problem, True)
     gradients = [[empty_in_layout(x, layout_of(x)) for x in xs] for xs in by_scale]
     # Dense tensors of one shape and layout: one pair of strides per scale.
     strides = tuple(launches.strides(xs[:1], shape)[0] for xs, shape in zip(gradients, main.constants["SHAPES"], strict=True))
-    arguments = (*main.arguments, grad.contiguous(), counts.contiguous(), tuple(map(tuple, gradients)), strides)
-    constants = {**main.constants, "DETACH": detach_reference}
-    flat = [xs[m] for m in range(len(sigma)) for xs in gradients]
-    return flat, [replace(main, arguments=arguments, constants=constants)]
+    results = (upstream.information.contiguous(), result.counts.contiguous(), tuple(map(tuple, gradients)), strides)
+    constants = {**main.constants, "DETACH": problem.detach_reference}
+    flat = [xs[m] for m in range(problem.modalities) for xs in gradients]
+    return flat, [replace(main, arguments=(*main.arguments, *results), constants=constants)]
 
 
-def forward(
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    information, counts, launches = forward_launches(features, masks, present, sigma, samples, seed, eps)
-    for launch in launches:
-        launch.run()
-    return information, counts
+def forward(problem: Problem) -> Result:
+    return launches.run(*forward_launches(problem))
 
 
-def backward(
-    grad: Tensor,
-    counts: Tensor,
-    features: list[Tensor],
-    masks: list[Tensor],
-    present: Tensor | None,
-    sigma: list[float],
-    samples: int,
-    seed: Tensor | None,
-    detach_reference: bool,
-    eps: float,
-) -> list[Tensor]:
-    gradients, launches = backward_launches(grad, counts, features, masks, present, sigma, samples, seed, detach_reference, eps)
-    for launch in launches:
-        launch.run()
-    return gradients
+def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
+    return launches.run(*backward_launches(problem, result, upstream))
