@@ -19,7 +19,7 @@ def shape(x: Tensor) -> tuple[int, ...]:
 
 
 def tensor(x: object, function: str, argument: str, *, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
-    """A plain strided tensor of an accepted dtype."""
+    """A plain strided tensor of an accepted dtype. One made in inference mode is copied where gradients are on: autograd saves none."""
     if not isinstance(x, Tensor):
         fail(function, argument, "a tensor", type(x).__name__, TypeError)
     if hasattr(x, "device_mesh"):
@@ -28,6 +28,10 @@ def tensor(x: object, function: str, argument: str, *, dtypes: tuple[torch.dtype
         fail(function, argument, " or ".join(str(d).removeprefix("torch.") for d in dtypes), x.dtype, TypeError)
     if x.layout != torch.strided:
         fail(function, argument, "a strided tensor", x.layout, TypeError)
+    if x.is_nested:
+        fail(function, argument, "a plain tensor (pad the samples and pass a mask)", "a nested tensor", TypeError)
+    if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
+        return x.clone()
     return x
 
 
@@ -56,7 +60,7 @@ def feature(x: object, function: str, argument: str, channel_dim: int) -> Tensor
         fail(function, "channel_dim", "an integer", type(channel_dim).__name__, TypeError)
     if not -x.dim() < channel_dim < x.dim() or channel_dim == 0:
         fail(function, "channel_dim", f"a dimension of {argument} {shape(x)} other than the batch", channel_dim)
-    if x.numel() == 0:
+    if 0 in x.shape[1:]:  # no samples are fine
         fail(function, argument, "non-empty", f"shape {shape(x)}")
     x = x.movedim(channel_dim, 1)
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)

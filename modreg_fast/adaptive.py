@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast.distributed import sum_over_ranks
+from modreg_fast.distributed import Grouped, sum_over_ranks
+from modreg_fast.double_backward import without_graph
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["AdaptiveWeight", "QualityTarget"]
 
 
-class _Averages(nn.Module):
+class _Averages(Grouped):
     """Keeps the dtype of its buffers when the model around it is cast: an average of large norms or counts is infinite in float16, and
     never becomes finite again."""
 
@@ -96,8 +97,9 @@ class AdaptiveWeight(_Averages):
             task: scalar loss of the task. Under a loss scaler scale both losses or none.
             penalty: scalar penalty.
             tensors: where the norms are taken: parameters, such as those of the fusion, or features. All of them together count as
-                one vector. With a process group the gradients of an ``nn.Parameter`` are summed over the ranks before the norm, as DDP
-                does; other tensors are parts of one batch, whose squared norms are summed.
+                one vector; one that does not require grad, such as a frozen parameter, adds nothing. With a process group the
+                gradients of an ``nn.Parameter`` are summed over the ranks before the norm, as DDP does; other tensors are parts of one
+                batch, whose squared norms are summed.
         """
         if self.training:
             name = type(self).__name__
@@ -114,17 +116,19 @@ class AdaptiveWeight(_Averages):
     @torch.compiler.disable(reason="modreg_fast differentiates inside of the loss, which torch.compile cannot trace")
     def _norms(self, losses: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """Norm of the gradient of each loss."""
+        name = type(self).__name__
+        tensors = [x for x in tensors if x.requires_grad]
+        if not tensors and all(loss.requires_grad for loss in losses.values()):
+            validate.fail(name, "tensors", "tensors of which at least one requires grad", "none that does")
         squares = []
         for argument, loss in losses.items():
-            if not loss.requires_grad:
-                validate.fail(
-                    type(self).__name__, argument, "computed from tensors with gradients enabled", "one without a graph"
-                )
-            found = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-            if all(g is None for g in found):
-                validate.fail(
-                    type(self).__name__, argument, "computed from the given tensors", "one that depends on none of them"
-                )
+            found: Sequence[Tensor | None] = [None] * len(tensors)
+            expected, got = "computed from the given tensors", "one that depends on none of them"
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+            else:
+                expected = "computed from tensors with gradients enabled"
+                got = without_graph("one without a graph", loss)
             grads = [torch.zeros_like(x) if g is None else g for g, x in zip(found, tensors, strict=True)]
             parameters = [g.flatten() for g, x in zip(grads, tensors, strict=True) if isinstance(x, nn.Parameter)]
             features = [g.flatten() for g, x in zip(grads, tensors, strict=True) if not isinstance(x, nn.Parameter)]
@@ -133,6 +137,9 @@ class AdaptiveWeight(_Averages):
                 total = total + sum_over_ranks(torch.cat(parameters).to(total), self.process_group).square().sum()
             if features:
                 total = total + sum_over_ranks(torch.cat(features).to(total).square().sum(), self.process_group)
+            # After the sums: another rank may have a graph where this one has no samples, and must not wait for it.
+            if all(g is None for g in found) and not total > 0:
+                validate.fail(name, argument, expected, got)
             squares.append(total)
         return torch.stack(squares).sqrt()
 
@@ -216,6 +223,7 @@ class QualityTarget(_Averages):
         credit = {m: skill + self.smoothing for m, skill in self.skill.items()}
         return {m: x / sum(credit.values()) for m, x in credit.items()}
 
+    @torch.inference_mode(False)  # the state may be trained with and loaded into later, which inference tensors refuse
     @torch.no_grad()
     def forward(
         self, scores: Mapping[str, Tensor], labels: Tensor, *, mask: Tensor | None = None, present: Tensor | None = None

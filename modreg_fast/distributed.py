@@ -1,8 +1,42 @@
-"""Sums and means over the ranks of a process group, differentiable; samples of all ranks."""
+"""Sums and means over the ranks of a process group, differentiable; samples of all ranks; modules that hold a group."""
+
+import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Grouped(nn.Module):
+    """A module with process groups, which PyTorch can neither copy nor pickle.
+
+    A copy (``copy.deepcopy``, ``AveragedModel``) shares them. A pickle keeps of the default group that it was the default one, which it
+    is again wherever it is loaded, or None where no group is initialised; of another group nothing is kept, and loading warns."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _Shared(x) if isinstance(x, dist.ProcessGroup) else x for name, x in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: x.group if isinstance(x, _Shared) else x for name, x in state.items()})
+
+
+class _Shared:
+    def __init__(self, group: "dist.ProcessGroup") -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded_group, (self.group is dist.group.WORLD,)
+
+
+def _loaded_group(default: bool) -> "dist.ProcessGroup | None":
+    if default:
+        return dist.group.WORLD
+    warnings.warn("the process group of a loaded loss is not in its file: set process_group or spatial_group anew", stacklevel=2)
+    return None
 
 
 def sum_over_ranks(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:

@@ -22,17 +22,31 @@ _CURES = {
 }
 
 
-def differentiable(x: object, function: str, argument: str, batch: int, spatial_group: "ProcessGroup | None") -> Tensor:
-    x = validate.tensor(x, function, argument)
+def differentiable(given: object, function: str, argument: str, batch: int, spatial_group: "ProcessGroup | None") -> Tensor:
+    x = validate.tensor(given, function, argument)
     if x.dim() < 2 or len(x) != batch:
         validate.fail(function, argument, f"of shape (B, C, *spatial) with batch size {batch}", validate.shape(x))
     if x.dim() == 2 and spatial_group is not None:
         validate.fail(function, argument, "a part of a map, (B, C, *spatial), with spatial_group", f"shape {validate.shape(x)}")
     if not x.requires_grad:
         validate.fail(
-            function, argument, "a tensor that requires grad, because the loss is differentiated by it", "one that does not"
+            function,
+            argument,
+            "a tensor that requires grad, because the loss is differentiated by it",
+            without_graph("one that does not", given),  # type: ignore[arg-type]
         )
     return x
+
+
+def without_graph(what: str, x: Tensor) -> str:
+    """``what``, and why: gradients may be switched off around the call."""
+    if torch.is_inference_mode_enabled():
+        return f"{what}: inference mode is on (torch.inference_mode, the default of Lightning's validation)"
+    if not torch.is_grad_enabled():
+        return f"{what}: gradients are switched off here (torch.no_grad)"
+    if not torch.compiler.is_compiling() and x.is_inference():
+        return f"{what}: it was made under torch.inference_mode()"
+    return what
 
 
 @torch.compiler.disable(reason="modreg_fast differentiates with create_graph=True, which torch.compile cannot trace")
@@ -45,7 +59,8 @@ def gradients(score: Tensor, inputs: Sequence[Tensor], function: str) -> list[Te
             most of them would fail in the outer backward pass, far from here.
     """
     if not score.requires_grad:
-        validate.fail(function, "the score", "computed from the given tensors with gradients enabled", "one without a graph")
+        expected = "computed from the given tensors with gradients enabled"
+        validate.fail(function, "the score", expected, without_graph("one without a graph", score))
     try:
         found = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
     except RuntimeError as error:

@@ -347,3 +347,48 @@ def test_channels_last_equals_contiguous(backend, granularity):
         results.append((value, helpers.gradients(value, list(x.values()), None)))
     helpers.assert_close(results[1][0], results[0][0], 1e-12)
     helpers.assert_close(results[1][1], results[0][1], 1e-11)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_absent_is_not_read(backend, fill, masked):
+    """What stands in the rows of an absent modality reaches neither the value nor a gradient, not even as 0 times NaN."""
+    mask = torch.rand(4, 3, 4) < 0.6 if masked else None
+
+    def outcome(fill):
+        head, features, _ = scene((3, 4))
+        entered = {}
+        for i, (m, x) in enumerate(features.items()):
+            held = PRESENT[:, i, None, None, None]
+            features[m] = x.detach().where(held, fill).requires_grad_()
+            entered[m] = torch.where(held, features[m], 0)
+        loss = mrf.AttributionLoss(TARGET, backend=backend)
+        value, details = loss(head(*entered.values()), features, mask=mask, present=PRESENT, return_details=True)
+        return value, [x for part in details for x in part.values()], helpers.gradients(value, list(features.values()), None)
+
+    torch.manual_seed(4)
+    value, details, gradients = outcome(fill)
+    torch.manual_seed(4)
+    expected, expected_details, expected_gradients = outcome(0.0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    helpers.assert_close(details, expected_details, 1e-12)
+    helpers.assert_close(gradients, expected_gradients, 1e-12)
+    assert all((g[~PRESENT[:, i]] == 0).all() for i, g in enumerate(gradients))
+
+
+def test_sample_that_counts_nowhere_may_be_nan(backend):
+    """Without any modality, or with none that has a target: also its scores and its label are not read."""
+    head, features, _ = scene()
+    present = torch.tensor([[True, True, True], [False, True, False], [True, True, True], [False, False, False]])
+    features = {m: x.detach() for m, x in features.items()}
+    for x in features.values():
+        x[1], x[3] = float("inf"), float("nan")
+    features = {m: x.requires_grad_() for m, x in features.items()}
+    scores, index = head(*(torch.where(present.all(1)[:, None], x, 0) for x in features.values())), torch.tensor([0, 255, 2, 255])
+    scores = torch.where(present.all(1)[:, None], scores, float("nan"))
+    loss = mrf.AttributionLoss({"video": 1, "audio": 0, "text": 1}, backend=backend)
+    value = loss(scores, features, present=present, index=index)
+    part = {m: x[::2].detach().requires_grad_() for m, x in features.items()}
+    assert value.item() == pytest.approx(loss(head(*part.values()), part, index=index[::2]).item(), rel=1e-12)
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
+        assert all(g.isfinite().all() for g in helpers.gradients(value, list(features.values()), None))

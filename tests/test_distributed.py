@@ -23,6 +23,7 @@ CASES = {
     "one": (4,),
     "even": (2, 2),
     "uneven": (3, 1),
+    "rank_without_samples": (4, 0),
     "rank_without_valid_pixels": (2, 2),
     "rank_without_a_modality": (1, 3),
     "four": (1, 1, 1, 1),

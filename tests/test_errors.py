@@ -154,7 +154,7 @@ CASES = {
     ),
     "batch": (lambda: information([[X, X[:1]], [X, X[:1]]]), V, SFI, "features[0][1]", "batch size 2", "got 1"),
     "one_dimension": (lambda: information([[X[0, 0, 0]]] * 2), V, SFI, "features[0][0]", "(B, C, *spatial)", "got (5,)"),
-    "no_elements": (lambda: information([[X[:0]]] * 2), V, SFI, "features[0][0] must be non-empty", "(0, 3, 4, 5)"),
+    "no_channels": (lambda: information([[X[:, :0]]] * 2), V, SFI, "features[0][0] must be non-empty", "(2, 0, 4, 5)"),
     "no_pixels": (lambda: information([[X[..., :0]]] * 2), V, SFI, "features[0][0] must be non-empty", "(2, 3, 4, 0)"),
     "channel_dim": (lambda: information(channel_dim=4), V, SFI, "channel_dim", "(2, 3, 4, 5)", "got 4"),
     "channel_dim_batch": (lambda: information(channel_dim=0), V, SFI, "channel_dim", "other than the batch", "got 0"),
@@ -357,10 +357,36 @@ def test_message(call, error, parts):
         call()
 
 
-def test_gradients_disabled():
+@pytest.mark.parametrize(
+    "off, why", [(torch.no_grad, "gradients are switched off here"), (torch.inference_mode, "inference mode is on")]
+)
+def test_gradients_switched_off(off, why):
+    """The message names the cause: where gradients are off, and where the tensors were made while they were."""
     x = {m: leaf(2, 3) for m in ("video", "audio")}
-    with torch.no_grad(), raises(ValueError, AL, "with gradients enabled"):
-        mrf.AttributionLoss()(sum(x.values()), x)
+    adaptive = mrf.AdaptiveWeight()
+    with off():
+        made = {m: 2 * y for m, y in x.items()}
+        for features in (x, made):
+            with raises(ValueError, AL, "with gradients enabled" if features is x else "requires grad", why):
+                mrf.AttributionLoss()(sum(features.values()), features)
+            with raises(ValueError, "prediction_term", why):
+                mrf.FunctionalEntropyLoss().prediction_term(made["video"].square().sum(1), features)
+        with raises(ValueError, "AdaptiveWeight: task", why):
+            adaptive(sum(x.values()).sum(), x["video"].sum(), [x["video"]])
+    with raises(ValueError, AL, "requires grad", "one that does not" + (": it was made under" if "inference" in why else "")):
+        mrf.AttributionLoss()(sum(made.values()), made)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors():
+    parts = [torch.ones(3, 4), torch.ones(3, 2)]
+    x = torch.nested.nested_tensor(parts, requires_grad=True)
+    with raises(TypeError, SFI, "features[0][0] must be a plain tensor (pad the samples and pass a mask)", "a nested tensor"):
+        information([[x]] * 2)
+    with raises(TypeError, AL, "features['video'][0] must be a plain tensor"):
+        mrf.AttributionLoss()(leaf(2, 3), {"video": x})
+    with raises(TypeError, AL, "features['video'][0] must be a strided tensor", "jagged"):
+        mrf.AttributionLoss()(leaf(2, 3), {"video": torch.nested.nested_tensor(parts, layout=torch.jagged)})
 
 
 def test_index_out_of_range_is_an_error():

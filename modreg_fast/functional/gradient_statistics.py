@@ -1,5 +1,6 @@
 """Functional Fisher information and attribution from gradients."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -98,18 +99,25 @@ def gradient_statistics(
     if values is not None:
         _same_length(values, grads, function, "values")
         for k, f in enumerate(values):
-            validate.tensor(f, function, f"values[{k}]")
+            f = validate.tensor(f, function, f"values[{k}]")
             if tuple(f.shape) != (batch, *spatial[k]) or f.device != device:
                 validate.fail(
                     function, f"values[{k}]", f"of shape {(batch, *spatial[k])} on {device}", f"{validate.shape(f)} on {f.device}"
                 )
-            flat_values.append(f.reshape(batch, -1))
+            flat_values.append(f.reshape(batch, math.prod(spatial[k])))
 
     masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
     validate.number(eps, function, "eps")
+<<<<<<< HEAD
     name = resolve(backend, flat_grads[0], function)
     problem = Problem(flat_grads, flat_features, flat_values, masks, float(eps), maps)
     fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
+=======
+    name = resolve(backend, flat_grads[0], function) if batch else "reference"  # no kernel runs over nothing
+    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(
+        flat_grads, flat_features, flat_values, masks, float(eps), maps, name
+    )
+>>>>>>> 1494ace (Losses: absent rows are not read, empty batches count nothing, copies share process groups, inference tensors are accepted)
     return GradientStatistics(
         fisher if flat_values else None,
         attribution if flat_features else None,

@@ -62,8 +62,8 @@ def scale_masks(
     masks = []
     for s, (m, size) in enumerate(zip(given, spatial, strict=True)):
         argument = "mask" if one else f"mask[{s}]"
-        validate.tensor(m, function, argument, dtypes=(torch.bool,))
-        if m.dim() != 1 + len(size) or m.shape[0] != batch or m.device != device or m.numel() == 0:
+        m = validate.tensor(m, function, argument, dtypes=(torch.bool,))
+        if m.dim() != 1 + len(size) or m.shape[0] != batch or m.device != device or 0 in m.shape[1:]:
             validate.fail(
                 function,
                 argument,
@@ -72,13 +72,13 @@ def scale_masks(
             )
         if tuple(m.shape[1:]) != size and (not one or len(size) > 3):
             validate.fail(function, argument, f"of spatial shape {size}", validate.shape(m)[1:])
-        masks.append(resize_mask(m, size).reshape(batch, -1))
+        masks.append(resize_mask(m, size).reshape(batch, math.prod(size)))
     return masks
 
 
 def valid_pixels(mask: Tensor) -> Tensor:
     """Valid pixels of each sample."""
-    return mask.reshape(len(mask), -1).sum(1)
+    return mask.reshape(len(mask), math.prod(mask.shape[1:])).sum(1)
 
 
 def all_pixels(values: Tensor, spatial: Sequence[int]) -> Tensor:

@@ -108,7 +108,8 @@ def balance_penalty(
 def batch_totals(information: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum over the batch of the entries that count, and their number; ``(M, S)`` each. Sums, so that ranks can add theirs."""
     if valid is None:
-        return information.sum(-1), torch.full_like(information[..., 0], information.shape[-1])
+        total = information.sum(-1)
+        return total, torch.full_like(total, information.shape[-1])
     return torch.where(valid, information, 0).sum(-1), valid.sum(-1).to(information.dtype)
 
 

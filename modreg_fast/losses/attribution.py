@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modreg_fast import _validate as validate
-from modreg_fast.distributed import sum_over_ranks
+from modreg_fast.distributed import Grouped, sum_over_ranks
 from modreg_fast.double_backward import differentiable, gradients
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
 
@@ -30,7 +30,7 @@ class AttributionDetails(NamedTuple):
     attribution: dict[str, Tensor]
 
 
-class AttributionLoss(nn.Module):
+class AttributionLoss(Grouped):
     r"""Penalty on the distance between the modalities' shares in the decision and target shares.
 
     The attribution of a modality is the L2-pooled gradient x input of the winning class score,
@@ -103,8 +103,8 @@ class AttributionLoss(nn.Module):
                 with the largest score.
             mask: valid positions of ``scores``, bool ``(B, *spatial)``. Features with as many spatial dimensions are masked too, at
                 their resolution.
-            present: ``(B, M)`` bool in the order of ``features``; absent modalities have no share, the targets of the others are
-                normalised anew, and a sample without any counts nowhere.
+            present: ``(B, M)`` bool in the order of ``features``; absent modalities have no share and are not read, the targets of the
+                others are normalised anew, and a sample without any counts nowhere.
             target: for this call, in place of that of the constructor; such as from :class:`QualityTarget`.
             return_details: return ``(penalty, AttributionDetails)``.
         """
@@ -113,7 +113,7 @@ class AttributionLoss(nn.Module):
         target = self.target if target is None else _shares(target, name)
         if target is not None and set(target) != set(features):
             validate.fail(name, "features", f"the modalities of target, {sorted(target)}", sorted(features))
-        validate.tensor(scores, name, "scores")
+        scores = validate.tensor(scores, name, "scores")
         if scores.dim() < 2:
             validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
@@ -122,11 +122,16 @@ class AttributionLoss(nn.Module):
             for m, row in zip(features, scales, strict=True)
             for s, x in enumerate(row)
         ]
-        score = selected_score(scores, index, mask, name)
+        shares = [1 / len(features) if target is None else target[m] for m in features]
+        counts = None if present is None else self._counts(present, shares, scores)
+        score = selected_score(scores, index, mask, name, None if counts is None else counts.any(1))
+        # An entry that does not count is left out here, where it would be read: 0 times a NaN behind it is NaN.
+        columns = [None if counts is None else counts[:, i] for i, row in enumerate(scales) for _ in row]
+        unmasked = mask is None and present is None
         attribution = gradient_statistics(
             gradients(score, flat, name),
             features=flat,
-            mask=None if mask is None else [self._feature_mask(mask, x) for x in flat],
+            mask=None if unmasked else [self._feature_mask(mask, c, x) for c, x in zip(columns, flat, strict=True)],
             channel_dim=self.channel_dim,
             backend=self.backend,
         ).attribution
@@ -134,40 +139,54 @@ class AttributionLoss(nn.Module):
         # (M, B): scales, and parts on other ranks, are pooled by the L2 norm, as pixels are.
         squares = torch.stack([rows.double().square().sum(0) for rows in attribution.split([len(row) for row in scales])])
         attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
-        shares = [1 / len(features) if target is None else target[m] for m in features]
-        return self._penalty(attribution, shares, present, list(features), return_details)
+        return self._penalty(attribution, shares, counts, list(features), return_details)
+
+    def _counts(self, present: Tensor, shares: list[float], scores: Tensor) -> Tensor:
+        """Which modality of which sample counts, ``(B, M)``: the present ones, if any of them has a target."""
+        name = type(self).__name__
+        present = validate.tensor(present, name, "present", dtypes=(torch.bool,))
+        shape, device = (len(scores), len(shares)), scores.device
+        if tuple(present.shape) != shape or present.device != device:
+            got = f"{validate.shape(present)} on {present.device}"
+            validate.fail(name, "present", f"of shape {shape} on {device}", got)
+        targeted = torch.tensor([x > 0 for x in shares], device=present.device)
+        return present & (present & targeted).any(1, keepdim=True)
 
     def _penalty(
-        self, attribution: Tensor, shares: list[float], present: Tensor | None, names: list[str], return_details: bool
+        self, attribution: Tensor, shares: list[float], counts: Tensor | None, names: list[str], return_details: bool
     ) -> Tensor | tuple[Tensor, AttributionDetails]:
-        name = type(self).__name__
         target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None].expand_as(attribution)
-        if present is not None:
-            validate.tensor(present, name, "present", dtypes=(torch.bool,))
-            if tuple(present.shape) != tuple(attribution.T.shape):
-                validate.fail(name, "present", f"of shape {validate.shape(attribution.T)}", validate.shape(present))
-            attribution = torch.where(present.T, attribution, 0)
-            target = modality_share(torch.where(present.T, target, 0))
+        if counts is not None:
+            target = modality_share(torch.where(counts.T, target, 0))
         share = modality_share(attribution)
         distance = (share - target).abs() if self.norm == "l1" else (share - target).square()
         # NaN counts: it must show in the penalty.
-        counts = (attribution.sum(0) != 0) & (target.sum(0) > 0)
+        counted = attribution.sum(0) != 0
         total, count = (
             sum_over_ranks(x, self.process_group)
-            for x in (torch.where(counts, distance.sum(0), 0).sum(), counts.sum().to(distance.dtype))
+            for x in (torch.where(counted, distance.sum(0), 0).sum(), counted.sum().to(distance.dtype))
         )
         penalty = total / count.clamp(min=1)
         if not return_details:
             return penalty
-        sums = sum_over_ranks(torch.where(counts, torch.stack([share, attribution]), 0).sum(2).detach(), self.process_group)
+        sums = sum_over_ranks(torch.where(counted, torch.stack([share, attribution]), 0).sum(2).detach(), self.process_group)
         means = sums / count
         return penalty, AttributionDetails(*(dict(zip(names, values, strict=True)) for values in means))
 
-    def _feature_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+    def _feature_mask(self, mask: Tensor | None, samples: Tensor | None, x: Tensor) -> Tensor:
+        """Where ``x`` counts, ``(B, *spatial)``: the valid pixels of the samples that have it."""
         spatial = x.movedim(self.channel_dim, 1).shape[2:]
-        if len(spatial) != mask.dim() - 1:  # such as pooled embeddings below a dense prediction
-            return torch.ones((x.shape[0], *spatial), dtype=torch.bool, device=x.device)
-        return resize_mask(mask, spatial)
+        if mask is None or len(spatial) != mask.dim() - 1:  # such as pooled embeddings below a dense prediction
+            valid = torch.ones((x.shape[0], *spatial), dtype=torch.bool, device=x.device)
+        else:
+            valid = resize_mask(mask, spatial)
+        return valid if samples is None else _held(valid, samples, valid)
+
+
+def _held(mask: Tensor | None, samples: Tensor, like: Tensor) -> Tensor:
+    """``mask``, where given, within ``samples`` ``(B,)``; of the shape of ``like``."""
+    held = samples.reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
+    return held if mask is None else mask & held
 
 
 def _shares(target: Mapping[str, float], function: str) -> dict[str, float]:
@@ -185,16 +204,18 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
 
 
-def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str) -> Tensor:
-    """Sum over valid positions of the score of the attributed class."""
+def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str, samples: Tensor | None = None) -> Tensor:
+    """Sum over valid positions, of ``samples`` ``(B,)`` where given, of the score of the attributed class."""
     positions = scores[:, 0]
     if mask is not None:
-        validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
+        mask = validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
         validate.same(mask, positions, name, "mask", "scores without its classes")
+    if samples is not None:
+        mask = _held(mask, samples, positions)
     if index is None:
         selected = scores.max(1).values
     else:
-        validate.tensor(index, name, "index", dtypes=(torch.int64, torch.int32, torch.uint8))
+        index = validate.tensor(index, name, "index", dtypes=(torch.int64, torch.int32, torch.uint8))
         validate.same(index, positions, name, "index", "scores without its classes")
         valid_index = index.long() if mask is None else torch.where(mask, index.long(), 0)
         selected = scores.gather(1, valid_index.unsqueeze(1)).squeeze(1)

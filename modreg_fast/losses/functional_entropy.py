@@ -1,13 +1,14 @@
 """Functional entropy: every modality is to carry information, at feature scales and at the prediction."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modreg_fast import _validate as validate
-from modreg_fast.distributed import mean_over_parts, sum_over_ranks
+from modreg_fast.distributed import Grouped, mean_over_parts, sum_over_ranks
 from modreg_fast.double_backward import differentiable, gradients
 from modreg_fast.functional import gradient_statistics, resize_mask
 from modreg_fast.functional.masks import all_pixels, pooled, valid_pixels
@@ -31,7 +32,7 @@ class InformationDetails(NamedTuple):
     information: dict[str, Tensor]  # modality -> (S,)
 
 
-class FunctionalEntropyLoss(nn.Module):
+class FunctionalEntropyLoss(Grouped):
     r"""Penalty on modalities that carry little functional Fisher information, at feature scales and at the prediction.
 
     .. math::
@@ -195,13 +196,13 @@ class FunctionalEntropyLoss(nn.Module):
         """
         name = f"{type(self).__name__}.prediction_term"
         inputs = validate.modalities(inputs, name, "inputs")
-        validate.tensor(values, name, "values")
+        values = validate.tensor(values, name, "values")
         if values.dim() == 0:
             validate.fail(name, "values", "of shape (B, *spatial)", "()")
         if granularity not in ("pixel", "sample"):
             validate.fail(name, "granularity", "'pixel' or 'sample'", repr(granularity))
         if mask is not None:
-            validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
+            mask = validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
             validate.same(mask, values, name, "mask", "values")
         tensors = [differentiable(x, name, f"inputs[{m!r}]", len(values), self.spatial_group) for m, x in inputs.items()]
         values = values.to(torch.promote_types(values.dtype, torch.float32))  # sums over many positions
@@ -231,9 +232,9 @@ class FunctionalEntropyLoss(nn.Module):
         """Information ``(K, B)`` and number of valid pixels ``(B,)``."""
         masked = values if mask is None else torch.where(mask, values, 0)
         count = sum_over_ranks(all_pixels(values, values.shape[1:]) if mask is None else valid_pixels(mask), self.spatial_group)
-        part = masked.reshape(len(values), -1).sum(1) / count.clamp(min=1)
+        part = masked.reshape(len(values), math.prod(values.shape[1:])).sum(1) / count.clamp(min=1)
         fisher = gradient_statistics(
-            [g.reshape(len(g), -1) for g in gradients(part.sum(), tensors, name)],
+            [g.flatten(1) for g in gradients(part.sum(), tensors, name)],
             values=[sum_over_ranks(part, self.spatial_group)] * len(tensors),
             mask=None if mask is None else count > 0,
             eps=self.eps,
