@@ -108,16 +108,9 @@ def gradient_statistics(
 
     masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
     validate.number(eps, function, "eps")
-<<<<<<< HEAD
-    name = resolve(backend, flat_grads[0], function)
+    name = resolve(backend, flat_grads[0], function) if batch else "reference"  # no kernel runs over nothing
     problem = Problem(flat_grads, flat_features, flat_values, masks, float(eps), maps)
     fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
-=======
-    name = resolve(backend, flat_grads[0], function) if batch else "reference"  # no kernel runs over nothing
-    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(
-        flat_grads, flat_features, flat_values, masks, float(eps), maps, name
-    )
->>>>>>> 1494ace (Losses: absent rows are not read, empty batches count nothing, copies share process groups, inference tensors are accepted)
     return GradientStatistics(
         fisher if flat_values else None,
         attribution if flat_features else None,

@@ -137,16 +137,9 @@ def softmax_fisher_with_counts(
     noise_seed = _draw_seed(seed, generator, device, function) if any(s > 0 for s in sigmas) else None
     if noise_seed is None:
         samples = 1  # without noise every draw is the same
-<<<<<<< HEAD
-    name = resolve(backend, flat[0][0], function)
+    name = resolve(backend, flat[0][0], function) if batch else "reference"  # no kernel runs over nothing
     problem = Problem([x for row in flat for x in row], masks, present, sigmas, samples, noise_seed, detach_reference, float(eps))
     return ops.softmax_fisher(problem, name)
-=======
-    name = resolve(backend, flat[0][0], function) if batch else "reference"  # no kernel runs over nothing
-    return ops.softmax_fisher(
-        [x for row in flat for x in row], masks, present, sigmas, samples, noise_seed, detach_reference, float(eps), name
-    )
->>>>>>> 1494ace (Losses: absent rows are not read, empty batches count nothing, copies share process groups, inference tensors are accepted)
 
 
 def _sigmas(sigma: float | Sequence[float], modalities: int, function: str) -> list[float]:
