@@ -13,6 +13,13 @@ import modreg_fast
 from modreg_fast import bench, parity
 from modreg_fast.audit import command as audit
 
+NEXT = """what next:
+  with a model of yours    modreg-fast audit --help     who does it listen to, and what is left without each modality?
+  without one              modreg-fast demo             trains on a real scene of two sensors, prints a table; minutes
+  in your training loop    import modreg_fast as mrf    the recipe of README.md, FunctionalEntropyLoss, AttributionLoss
+  on this machine          modreg-fast info             what computes here; also: bench (how fast), parity (how exact)
+  everything else          modreg-fast --help           and, in a clone, docs/quickstart.md, or `make docs` for the site"""
+
 EXAMPLES = {
     "": """examples:
   modreg-fast info                       what computes here, and why the rest does not
@@ -58,6 +65,10 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if not (sys.argv[1:] if arguments is None else arguments):
+        usable = ", ".join(name for name, status in modreg_fast.backends().items() if status.available)
+        print(f"modreg_fast {modreg_fast.__version__}, torch {torch.__version__}; usable here: {usable}\n\n{NEXT}")
+        return 0
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

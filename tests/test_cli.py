@@ -44,10 +44,19 @@ def test_help_has_examples_that_parse(command: list[str], capsys: pytest.Capture
             cli._parser().parse_args(arguments)
 
 
+def test_without_arguments_it_says_what_to_do_next(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert "usable here: " in out and "reference" in out
+    for command in re.findall(r"modreg-fast (\w+)", out):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required"),
         (["train"], "invalid choice"),
         (["info", "--jsn"], "unrecognized arguments"),
         (["demo", "--seeds", "0"], "at least 1"),

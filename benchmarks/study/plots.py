@@ -28,6 +28,7 @@ SHOWN = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
 
 def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
     figures = {
+        "recipe": recipe(study),
         "effects": effects(study),
         "sensitivity": sensitivity(study),
         "noise": noise(study),
@@ -37,6 +38,27 @@ def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)
+
+
+def recipe(study: Study) -> Figure:
+    """The scores behind the advice, over the fusions that all of its methods were tried with."""
+    methods = _shown(study, ("joint", "feature, log", "attribution, L1", "dropout", "each alone"))
+    figure, axes = plt.subplots(1, len(DATA), figsize=(11, 3.2), sharey=True, layout="constrained")
+    for ax, data in zip(axes, DATA, strict=True):
+        fusions = [f for f in study.fusions(data, methods[0]) if all(f in study.fusions(data, m) for m in methods)]
+        for i, measure in enumerate(("full", "worst")):
+            label, colour = MEASURES[measure]
+            heights = [len(methods) - j + 0.2 - 0.4 * i for j in range(len(methods))]
+            found = [fmean(study.scores(data, m, measure, fusions)) for m in methods]
+            bars = ax.barh(heights, found, 0.36, color=colour, label=label)
+            ax.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        ax.set_title(data)
+        ax.set_xlim(0, 112)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks([len(methods) - j for j in range(len(methods))], methods)
+    figure.supxlabel("metric on test parts, %", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
 
 
 def effects(study: Study) -> Figure:
