@@ -23,6 +23,10 @@ if INTERPRETED:
 collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 
+def pytest_report_header() -> str:
+    return f"MODREG_FAST_FUZZ_SEED={os.environ.get('MODREG_FAST_FUZZ_SEED', '0')} (test_fuzz.py, test_wrong_calls.py)"
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -156,6 +156,19 @@ def test_masked_out_values_do_not_matter(backend, value):
         assert torch.equal(actual, want)
 
 
+def test_eps_is_not_rounded_to_float32_under_a_mask(backend):
+    """Found by fuzzing: in float64 the gradients of masked calls were those of an ``eps`` in float32."""
+    g, f = (
+        torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True),
+        torch.zeros(2, 5, dtype=torch.float64, requires_grad=True),
+    )
+    mask = torch.tensor([True, False, True, True, False]).expand(2, 5)
+    result = gradient_statistics([g], values=[f], mask=[mask], eps=1e-3, backend=backend)
+    u = torch.randn_like(result.fisher)
+    wanted = oracle.gradient_statistics(*map(helpers.wide, (g, None, f, mask)), 1e-3, [u[0].numpy(), None, None, None])
+    helpers.assert_close(helpers.gradients(result.fisher, [g, f], u), [wanted.dg, wanted.df], 1e-14)
+
+
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3), (8, 12), (1, 1)])
 def test_one_mask_for_all_is_resized(backend, shape):
     g, e, f = inputs([(2, 3, 4, 6), (2, 5, 2, 3)])

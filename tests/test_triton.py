@@ -36,7 +36,17 @@ QUICK = {
     "tests/test_gradient_statistics.py": "every_shape and dtype0 or lacks or each_output or zero_attribution or masked_out",
     "tests/test_numerics.py": "16_bit or one_channel or one_pixel or every_channel or hard_inputs_no and -2",
 }
-EVERYTHING = ["softmax_fisher", "gradient_statistics", "numerics", "layouts", "philox", "autograd", "gradcheck", "properties"]
+EVERYTHING = [
+    "softmax_fisher",
+    "gradient_statistics",
+    "numerics",
+    "layouts",
+    "philox",
+    "autograd",
+    "gradcheck",
+    "properties",
+    "fuzz",
+]
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")

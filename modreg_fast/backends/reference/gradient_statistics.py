@@ -122,7 +122,8 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         total = torch.zeros_like(g)
         if values:
             # A pixel that does not count has g = u = v = 0, so any finite f gives it zero gradients.
-            f = keep(values[k].to(dtype), valid) + (eps if valid is None else torch.where(valid, eps, 1.0))
+            f = values[k].to(dtype) + eps
+            f = f if valid is None else torch.where(valid, f, 1)
             u = upstream.fisher[k, :, None] / count
             if upstream.fisher_maps:
                 u = u + upstream.fisher_maps[k]
