@@ -1,9 +1,17 @@
 """Features of a model whose code cannot be changed, by forward hooks that are gone when the block ends."""
 
 import contextlib
+import copy
+import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import re
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import FrameType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +25,7 @@ Entry = str | tuple[str | int | slice, ...]  # the name of a module, or the name
 
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # in DDP, torch.compile and so on
 COMPILED = "modreg_fast.capture reads features between compiled graphs: leave out fullgraph=True"
+HOOKS = ("_forward_hooks", "_forward_hooks_always_called", "_forward_pre_hooks")  # where a module keeps hooks, by number
 
 
 class _Source(NamedTuple):
@@ -24,6 +33,7 @@ class _Source(NamedTuple):
     name: str
     module: nn.Module
     steps: tuple[str | int | slice, ...]
+    run: int | None  # which of its runs in a pass, None for all
 
 
 @contextlib.contextmanager
@@ -32,10 +42,14 @@ def capture(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
 
     The dict is filled when a forward pass of ``model`` ends, and anew by each further pass; lists taken out of it before stay as
     they are. It holds the very tensors that the model goes on with, so ``torch.autograd.grad(score, features["rgb"])`` reaches them;
-    tokens ``(B, N, C)`` stay tokens (``channel_dim=-1`` in the losses). Only calls of ``model`` itself count: not of its parts alone,
-    and not the recomputation of a checkpointed part (``use_reentrant=False``) in a backward pass.
+    tokens ``(B, N, C)`` stay tokens (``channel_dim=-1`` in the losses). Only calls of ``model`` itself count: not of its parts alone
+    or of what it wraps (where such a run has gradients, a warning says so once), and not the recomputation of a checkpointed part
+    (``use_reentrant=False``) in a backward pass.
 
-    A frozen encoder's output (``requires_grad_(False)``, gradients enabled) is made to require a gradient, so that attribution works.
+    A frozen encoder (``requires_grad_(False)``, gradients enabled) is made to return a tensor of the same memory that requires a
+    gradient, so that attribution works; what came out of it, which may be a tensor of yours, stays as it is.
+
+    Copies of the model that are made in the block (``copy.deepcopy``, an EMA teacher, ``torch.save``) have no hooks.
 
     Args:
         model: any module, also wrapped by ``DistributedDataParallel``, ``torch.compile`` or checkpointing; the names are those of the
@@ -44,8 +58,9 @@ def capture(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
         modules: modality -> entry or list of entries, each the name of a module as in ``model.named_modules()``. ``*``, ``?`` and
             ``[...]`` stand for characters within one part of a dotted name; matches come in the order of ``named_modules()``. Where a
             module returns no tensor, the entry is a tuple of the name and of indices, keys or attributes: ``("backbone", 0)``,
-            ``("encoder", "hidden_states", 3)``. What picks several tensors, such as ``("backbone", slice(None))``, gives them all,
-            and a module that runs several times in a pass gives all its runs.
+            ``("encoder", "hidden_states", 3)``; indices are those of tuples and lists, never of a tensor. What picks several tensors,
+            such as ``("backbone", slice(None))``, gives them all. A module that runs several times in a pass gives all its runs, or
+            the one whose number, from 0, is put behind its name: ``{"rgb": "encoder#0", "event": "encoder#1"}``.
 
     Raises:
         ValueError, TypeError: on entry, for a name that matches nothing (the message lists close ones) or an entry that does not fit;
@@ -59,64 +74,187 @@ def capture(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
         >>> [x.shape for x in features["all"]]
         [torch.Size([5, 4]), torch.Size([5, 2])]
     """
-    sources = _select(model, modules)
-    runs: list[list[Tensor]] = [[] for _ in sources]
-    features: dict[str, list[Tensor]] = {modality: [] for modality in modules}
-    with_gradients = False
+    recorder = _Recorder(_select(model, modules), {modality: [] for modality in modules})
+    with contextlib.ExitStack() as stack:
 
-    def start(*_: object) -> None:
-        nonlocal with_gradients
+        def hook(module: nn.Module, register: Callable[..., Any], act: Callable[..., Any], **options: bool) -> None:
+            def on_its_own_module(this: nn.Module, _inputs: object, output: object = None) -> Any:
+                return act(output) if this is module else None
+
+            # Eager code between compiled graphs: inside of one, a recorded tensor would not lie on the way to the scores.
+            handle = register(torch.compiler.disable(on_its_own_module, reason=COMPILED), **options)
+            stack.callback(_remove, module, handle)
+            _numbers.add(handle.id)
+            module.__dict__["__getstate__"] = MethodType(_state_without_hooks, module)
+
+        hook(model, model.register_forward_pre_hook, recorder.start)
+        for i, source in enumerate(recorder.sources):
+            hook(source.module, source.module.register_forward_hook, lambda output, i=i: recorder.record(i, output))
+        hook(model, model.register_forward_hook, recorder.finish)
+        hook(model, model.register_forward_hook, recorder.end, always_call=True)
+        yield recorder.features
+
+
+class _Pass(NamedTuple):
+    """A forward pass of the model that is under way."""
+
+    depth: int  # of the Python stack: a pass inside of another is deeper
+    with_gradients: bool
+    before: list[int]  # runs of each source that are not of this pass
+
+
+class _Recorder:
+    """What the hooks share."""
+
+    def __init__(self, sources: list[_Source], features: dict[str, list[Tensor]]) -> None:
+        self.sources, self.features = sources, features
+        self.runs: list[list[list[Tensor]]] = [[] for _ in sources]
+        self.passes: list[_Pass] = []  # more than one where the model calls itself
+        self.inside = [False] * len(sources)  # whether the latest run with gradients was in a pass
+        self.warned = False
+
+    def start(self, _: object) -> None:
         if _recomputing():
             return
-        with_gradients = torch.is_grad_enabled()
-        for run in runs:
-            run.clear()
-        features.update({modality: [] for modality in features})
+        depth = _depth()
+        while self.passes and self.passes[-1].depth >= depth:  # it never came to its end
+            self.passes.pop()
+        if not self.passes:
+            self.runs = [[] for _ in self.sources]
+        self.features.update({modality: [] for modality in self.features})
+        self.passes.append(_Pass(depth, torch.is_grad_enabled(), [len(runs) for runs in self.runs]))
 
-    def record(i: int, output: object) -> None:
-        source = sources[i]
+    def record(self, i: int, output: object) -> object:
+        """What takes the place of the output; None for itself."""
+        source, with_gradients, recomputing = self.sources[i], torch.is_grad_enabled(), _recomputing()
+        if not recomputing:
+            if with_gradients:
+                self.inside[i] = bool(self.passes)
+            if not self.passes:
+                self._outside(source)
+                return None
+        elif not self.inside[i]:  # a recomputation has to do as the run that it repeats
+            return None
         tensors = _pick(output, source)
-        if torch.is_grad_enabled():
+        leaves: dict[int, Tensor] = {}
+        if with_gradients:
+            leaves = {id(x): _leaf(x) for x in tensors if not x.requires_grad and x.is_floating_point()}
+        if leaves:
+            output = _replaced(output, leaves)
+            tensors = _pick(output, source)
             for x in tensors:
-                if not x.requires_grad and x.is_floating_point():
-                    x.requires_grad_()
-        if _recomputing():
-            return
-        if with_gradients and not torch.is_grad_enabled() and any(p.requires_grad for p in source.module.parameters()):
-            raise RuntimeError(
-                f"capture: module {source.name!r} ran without gradients although its parameters require them: use_reentrant=False "
-                "where it is checkpointed, requires_grad_(False) on its parameters where it is frozen"
-            )
-        runs[i] += tensors
-
-    def finish(*_: object) -> None:
-        if _recomputing():
-            return
-        for source, run in zip(sources, runs, strict=True):
-            if not run:
+                if x.is_floating_point():
+                    x.requires_grad_()  # does so already, unless it stands in a container that cannot be built anew
+        if not recomputing:
+            if self.passes[-1].with_gradients and not with_gradients and _trained(source.module):
                 raise RuntimeError(
-                    f"capture: module {source.name!r} (for {source.modality!r}) did not run in this forward pass. "
+                    f"capture: module {source.name!r} ran without gradients although its parameters require them: "
+                    "use_reentrant=False where it is checkpointed, requires_grad_(False) on its parameters where it is frozen"
+                )
+            self.runs[i].append(tensors)
+        return output if leaves else None
+
+    def finish(self, _: object) -> None:
+        if _recomputing():
+            return
+        features: dict[str, list[Tensor]] = {modality: [] for modality in self.features}
+        for source, runs, before in zip(self.sources, self.runs, self.passes[-1].before, strict=True):
+            runs = runs[before:]
+            if len(runs) <= (source.run or 0):
+                often = f"ran {len(runs)} times only" if runs else "did not run"
+                raise RuntimeError(
+                    f"capture: module {_label(source)} (for {source.modality!r}) {often} in this forward pass. "
                     "Hooks do not run in a model that was compiled before: enter capture first, or call torch.compiler.reset()"
                 )
-            features[source.modality] += run
+            for tensors in runs if source.run is None else [runs[source.run]]:
+                features[source.modality] += tensors
+        self.features.update(features)
 
-    with contextlib.ExitStack() as hooks:
-        # Eager code between compiled graphs: inside of one, a recorded tensor would not lie on the way to the scores.
-        hooks.callback(model.register_forward_pre_hook(_eager(start)).remove)
-        for i, source in enumerate(sources):
-            hook = _eager(lambda _module, _inputs, output, i=i: record(i, output))
-            hooks.callback(source.module.register_forward_hook(hook).remove)
-        hooks.callback(model.register_forward_hook(_eager(finish)).remove)
-        yield features
+    def end(self, _: object) -> None:
+        """Also of a pass that fails."""
+        if not _recomputing() and self.passes:
+            self.passes.pop()
+
+    def _outside(self, source: _Source) -> None:
+        if torch.is_grad_enabled() and _trained(source.module) and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"capture: module {source.name!r} ran outside of a forward pass of the captured model. Only calls of that model itself, "
+                "model(...), are recorded: the features stay those of its latest pass",
+                stacklevel=2,
+            )
 
 
-def _eager(hook: Any) -> Any:
-    return torch.compiler.disable(hook, reason=COMPILED)
+_numbers: set[int] = set()  # of the hooks in place
+
+
+def _remove(module: nn.Module, handle: Any) -> None:
+    handle.remove()
+    _numbers.discard(handle.id)
+    if not any(number in _numbers for hooks in HOOKS for number in getattr(module, hooks)):
+        module.__dict__.pop("__getstate__", None)
+
+
+def _state_without_hooks(module: nn.Module) -> Any:
+    """What copies and pickles of a captured module are made from: its state as ever, without what ``capture`` has put there."""
+    getstate = getattr(type(module), "__getstate__", None)  # object has it from Python 3.11 on
+    state = module.__dict__ if getstate is None else getstate(module)
+    if not isinstance(state, dict):
+        return state
+    state = {name: value for name, value in state.items() if name != "__getstate__"}
+    for name in state.keys() & set(HOOKS):
+        state[name] = OrderedDict((number, x) for number, x in state[name].items() if number not in _numbers)
+    return state
 
 
 def _recomputing() -> bool:
     """In a backward pass, where checkpointing runs the forward pass of its part once more."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _depth() -> int:
+    frame: FrameType | None = sys._getframe()
+    depth = 0
+    while frame is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _label(source: _Source) -> str:
+    return repr(source.name if source.run is None else f"{source.name}#{source.run}")
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """The same values in a tensor that requires grad; in the same memory, unless autograd refuses it."""
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def _replaced(output: Any, tensors: Mapping[int, Tensor]) -> Any:
+    """``output`` with other tensors, by ``id``, in its tuples, lists, mappings and dataclasses; containers are copied, not changed."""
+    if isinstance(output, Tensor):
+        return tensors.get(id(output), output)
+    items: Any
+    put: Callable[[Any, Any, Any], Any]
+    if isinstance(output, list | tuple):
+        items = [_replaced(x, tensors) for x in output]
+        if all(a is b for a, b in zip(items, output, strict=True)):
+            return output
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, Mapping):
+        items, put = output.items(), operator.setitem
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        items, put = vars(output).items(), object.__setattr__  # also where it is frozen
+    else:
+        return output
+    changed = [(key, new) for key, x in items if (new := _replaced(x, tensors)) is not x]
+    output = copy.copy(output) if changed else output
+    for key, new in changed:
+        put(output, key, new)
+    return output
 
 
 def _select(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) -> list[_Source]:
@@ -126,7 +264,7 @@ def _select(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
         validate.fail("capture", "model", "on one device or in DistributedDataParallel", "DataParallel, which runs in threads")
     validate.modalities(modules, "capture", "modules", "module names")
     names = _names(model)
-    sources: dict[tuple[int, str], _Source] = {}
+    sources: list[_Source] = []
     for modality, entries in modules.items():
         argument = f"modules[{modality!r}]"
         for entry in [entries] if isinstance(entries, str | tuple) else validate.sequence(entries, "capture", argument):
@@ -135,13 +273,24 @@ def _select(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
                 validate.fail(
                     "capture", argument, "module names, or tuples of a name and indices or attributes", entry, TypeError
                 )
-            for found in _matches(name, names, argument):
-                source = _Source(modality, found, names[found], tuple(steps))
-                taken = sources.setdefault((id(source.module), str(steps)), source)
-                if taken.modality != modality:
-                    other = f"{found!r}, as modules[{taken.modality!r}]; capture a shared module once and split its list by run"
+            numbered = None if name in names else re.fullmatch(r"(.+)#(\d+)", name)
+            pattern, run = (name, None) if numbered is None else (numbered[1], int(numbered[2]))
+            for found in _matches(pattern, names, argument):
+                source = _Source(modality, found, names[found], tuple(steps), run)
+                taken = next((other for other in sources if _overlap(source, other)), source)
+                if (taken.modality, taken.run) != (modality, run):
+                    other = (
+                        f"{_label(source)}, as modules[{taken.modality!r}]; capture a shared module once and split its list by run, "
+                        f"or name the runs: '{found}#0', '{found}#1'"
+                    )
                     validate.fail("capture", argument, "outputs of its own", other)
-    return list(sources.values())
+                if taken is source:
+                    sources.append(source)
+    return sources
+
+
+def _overlap(a: _Source, b: _Source) -> bool:
+    return a.module is b.module and a.steps == b.steps and (a.run == b.run or a.run is None or b.run is None)
 
 
 def _names(model: nn.Module) -> dict[str, nn.Module]:
@@ -175,6 +324,13 @@ def _fits(name: str, pattern: str) -> bool:
 def _pick(output: Any, source: _Source) -> list[Tensor]:
     """The tensors that the steps lead to."""
     for step in source.steps:
+        if isinstance(output, Tensor):
+            raise TypeError(
+                f"capture: module {source.name!r} returned a tensor where {step!r} is to be picked: indices are those of tuples and "
+                f"lists, so leave it out. Of several runs in a pass, '{source.name}#1' is the second"
+            )
+        if not isinstance(step, str) and not isinstance(output, Sequence | Mapping):
+            raise TypeError(f"capture: module {source.name!r} returned {_kind(output)}, of which {step!r} is no item")
         try:
             output = getattr(output, step) if isinstance(step, str) and not isinstance(output, Mapping) else output[step]
         except (AttributeError, LookupError, TypeError):
