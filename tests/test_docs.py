@@ -35,6 +35,16 @@ def test_example(name):
     assert not runner.summarize(verbose=False).failed, "".join(said)
 
 
+def test_pages_that_messages_name_exist():
+    """Errors and commands name a page, or a heading of one, as it stands in the repository."""
+    text = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "modreg_fast").rglob("*.py"))
+    named = set(re.findall(r"(docs/[\w/]+\.md)(?:#([\w-]+))?", text))
+    assert ("docs/limits.md", "double-differentiation") in named
+    for page, anchor in named:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (page, anchor)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Built as `make docs` does. Takes about ten seconds."""
