@@ -1,6 +1,7 @@
 """The documentation: every public name stands in the site with an example that runs, and the site builds without a warning."""
 
 import doctest
+import inspect
 import os
 import re
 import subprocess
@@ -43,6 +44,15 @@ def test_pages_that_messages_name_exist():
     for page, anchor in named:
         headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (page, anchor)
+
+
+def test_errors_are_documented():
+    """Of everything that a user calls with arguments, so not of the types of results."""
+    called = [n for n, x in PUBLIC.items() if inspect.isfunction(x) or issubclass(x, nn.Module)]
+    assert len(called) >= 14
+    for name in called:
+        if inspect.signature(PUBLIC[name]).parameters:
+            assert "Raises:" in str(inspect.getdoc(PUBLIC[name])), name
 
 
 @pytest.fixture(scope="module")

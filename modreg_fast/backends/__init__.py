@@ -74,7 +74,9 @@ def use_backend(name: str) -> Iterator[None]:
     An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The
     backward pass of an op runs on the backend of its forward pass, wherever it is called.
 
-    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend that is not usable here.
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that is not usable here, with the reason.
 
     Example:
         >>> from modreg_fast.functional import softmax_fisher_information
