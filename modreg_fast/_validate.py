@@ -52,7 +52,7 @@ def modalities(x: object, function: str, argument: str, values: str = "tensors")
 
 
 def feature(x: object, function: str, argument: str, channel_dim: int) -> Tensor:
-    """``(B, C, P)`` view (a copy only where the pixels have no common stride) of a feature tensor of any spatial shape."""
+    """A tensor ``(B, C, *spatial)`` of any spatial shape, with its channels at ``channel_dim``."""
     x = tensor(x, function, argument)
     if x.dim() < 2:
         fail(function, argument, "of shape (B, C, *spatial)", shape(x))
@@ -62,8 +62,7 @@ def feature(x: object, function: str, argument: str, channel_dim: int) -> Tensor
         fail(function, "channel_dim", f"a dimension of {argument} {shape(x)} other than the batch", channel_dim)
     if 0 in x.shape[1:]:  # no samples are fine
         fail(function, argument, "non-empty", f"shape {shape(x)}")
-    x = x.movedim(channel_dim, 1)
-    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    return x
 
 
 def same(x: Tensor, other: Tensor, function: str, argument: str, reference: str) -> None:

@@ -45,13 +45,13 @@ def op_features(layout="contiguous", dtype=torch.float32, count=2, shapes=((2, 5
 def fisher_sets(backend):
     """Argument sets of the forward op."""
     mask, seed = torch.rand(2, 6) < 0.6, torch.tensor(3)
-    plain = ([], None, [0.0, 0.0], 1, None, False, 1e-8, backend)
+    plain = ([], None, [0.0, 0.0], 1, None, False, 1e-8, 1, backend)
     yield op_features(), *plain
     for layout in list(OP_LAYOUTS)[1:]:
         yield op_features(layout), *plain
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         yield op_features(dtype=dtype), *plain
-    yield op_features(shapes=((2, 5, 6), (2, 3, 1))), [mask, mask[:, :1]], PRESENT, [0.5, 0.0], 2, seed, True, 1e-3, backend
+    yield op_features(shapes=((2, 5, 6), (2, 3, 1))), [mask, mask[:, :1]], PRESENT, [0.5, 0.0], 2, seed, True, 1e-3, 1, backend
 
 
 def backward_set(arguments):
@@ -71,14 +71,14 @@ def statistics_sets(backend):
         return g, e, [torch.rand(2, n).add(0.1).to(dtype).requires_grad_() for n in (6, 1)]
 
     masks = [torch.rand(2, 6) < 0.6, torch.tensor([[True], [False]])]
-    yield *tensors(), masks, 1e-8, True, backend
+    yield *tensors(), masks, 1e-8, True, 1, backend
     for layout in list(OP_LAYOUTS)[1:]:
-        yield *tensors(layout), [], 1e-8, True, backend
+        yield *tensors(layout), [], 1e-8, True, 1, backend
     for dtype in (torch.float64, torch.bfloat16):
-        yield *tensors(dtype=dtype), masks, 1e-8, False, backend
+        yield *tensors(dtype=dtype), masks, 1e-8, False, 1, backend
     g, e, f = tensors()
-    yield g, e, [], [], 1e-8, True, backend
-    yield g, [], f, masks, 1e-3, False, backend
+    yield g, e, [], [], 1e-8, True, 1, backend
+    yield g, [], f, masks, 1e-3, False, 1, backend
 
 
 def statistics_backward_set(arguments):

@@ -35,7 +35,7 @@ def test_fake_tensors_on_cuda_need_no_gpu():
         assert information.shape == (2, 1, 2) and information.device.type == "cuda" and information.dtype == torch.float32
         counts = torch.empty(1, 2, device="cuda", dtype=torch.int64)
         gradients = torch.ops.modreg_fast.softmax_fisher_backward(
-            information, counts, xs, [], None, [0.0, 0.0], 1, None, False, 1e-8, "cuda"
+            information, counts, xs, [], None, [0.0, 0.0], 1, None, False, 1e-8, 1, "cuda"
         )
         assert [g.shape for g in gradients] == [x.shape for x in xs]
         statistics = mrf.functional.gradient_statistics([xs[0]], [xs[1]])

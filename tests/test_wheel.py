@@ -40,7 +40,7 @@ with FakeTensorMode():
     information = mrf.functional.softmax_fisher_information([[x[0]], [x[1]]])
     assert information.shape == (2, 1, 2) and information.device.type == "cuda"
     counts = torch.empty(1, 2, device="cuda", dtype=torch.int64)
-    gradients = torch.ops.modreg_fast.softmax_fisher_backward(information, counts, x, [], None, [0.0, 0.0], 1, None, False, 1e-8, "cuda")
+    gradients = torch.ops.modreg_fast.softmax_fisher_backward(information, counts, x, [], None, [0.0, 0.0], 1, None, False, 1e-8, 1, "cuda")
     assert [g.shape for g in gradients] == [g.shape for g in x] and gradients[0].device.type == "cuda"
     statistics = mrf.functional.gradient_statistics([x[0]], [x[1]])
     assert statistics.attribution.shape == (1, 2) and statistics.attribution.device.type == "cuda"

@@ -1,10 +1,26 @@
-"""The two memory layouts that the kernels read and write in place; everything else is copied once."""
+"""``(B, C, P)`` of tensors of any shape, and the two memory layouts of it that the kernels read and write in place; everything else is
+copied once."""
 
 from typing import Literal
 
 from torch import Tensor
 
 Layout = Literal["pixels", "channels"]
+
+
+def flat(x: Tensor, channel_dim: int) -> Tensor:
+    """``(B, C, P)`` view (a copy only where the pixels have no common stride) of a tensor of any spatial shape, also none."""
+    if channel_dim != 1:
+        x = x.movedim(channel_dim, 1)
+    dims = x.dim()
+    return x if dims == 3 else x.flatten(2) if dims > 3 else x.unsqueeze(2)
+
+
+def shaped_like(gradient: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """The gradient of ``flat(x)`` as that of ``x``."""
+    if channel_dim == 1:
+        return gradient.view(x.shape)
+    return gradient.view(x.movedim(channel_dim, 1).shape).movedim(1, channel_dim)
 
 
 def layout_of(x: Tensor) -> Layout | None:

@@ -1,6 +1,5 @@
 """Functional Fisher information and attribution from gradients."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,25 +76,25 @@ def gradient_statistics(
     grads = validate.sequence(grads, function, "grads")
     if features is None and values is None:
         validate.fail(function, "features or values", "given", "neither")
-    flat_grads = [validate.feature(g, function, f"grads[{k}]", channel_dim) for k, g in enumerate(grads)]
-    batch, device = flat_grads[0].shape[0], flat_grads[0].device
-    for k, g in enumerate(flat_grads):
+    checked_grads = [validate.feature(g, function, f"grads[{k}]", channel_dim) for k, g in enumerate(grads)]
+    batch, device = checked_grads[0].shape[0], checked_grads[0].device
+    for k, g in enumerate(checked_grads):
         if g.shape[0] != batch or g.device != device:
             validate.fail(
                 function, f"grads[{k}]", f"of batch size {batch} on {device} like grads[0]", f"{g.shape[0]} on {g.device}"
             )
     spatial = [spatial_shape(g, channel_dim) for g in grads]
 
-    flat_features: list[Tensor] = []
+    checked_features: list[Tensor] = []
     if features is not None:
         _same_length(features, grads, function, "features")
         for k, e in enumerate(features):
-            flat_features.append(validate.feature(e, function, f"features[{k}]", channel_dim))
+            checked_features.append(validate.feature(e, function, f"features[{k}]", channel_dim))
             validate.same(e, grads[k], function, f"features[{k}]", f"grads[{k}]")
             dtype = torch.promote_types(e.dtype, grads[k].dtype)
-            flat_features[k], flat_grads[k] = flat_features[k].to(dtype), flat_grads[k].to(dtype)
+            checked_features[k], checked_grads[k] = checked_features[k].to(dtype), checked_grads[k].to(dtype)
 
-    flat_values: list[Tensor] = []
+    checked_values: list[Tensor] = []
     if values is not None:
         _same_length(values, grads, function, "values")
         for k, f in enumerate(values):
@@ -104,18 +103,18 @@ def gradient_statistics(
                 validate.fail(
                     function, f"values[{k}]", f"of shape {(batch, *spatial[k])} on {device}", f"{validate.shape(f)} on {f.device}"
                 )
-            flat_values.append(f.reshape(batch, math.prod(spatial[k])))
+            checked_values.append(f)
 
     masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
     validate.number(eps, function, "eps")
-    name = resolve(backend, flat_grads[0], function) if batch else "reference"  # no kernel runs over nothing
-    problem = Problem(flat_grads, flat_features, flat_values, masks, float(eps), maps)
+    name = resolve(backend, checked_grads[0], function) if batch else "reference"  # no kernel runs over nothing
+    problem = Problem(checked_grads, checked_features, checked_values, masks, float(eps), maps, channel_dim)
     fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
     return GradientStatistics(
-        fisher if flat_values else None,
-        attribution if flat_features else None,
-        [x.reshape(batch, *spatial[k]) for k, x in enumerate(fisher_maps)] if maps and flat_values else None,
-        [x.reshape(batch, *spatial[k]) for k, x in enumerate(attribution_maps)] if maps and flat_features else None,
+        fisher if checked_values else None,
+        attribution if checked_features else None,
+        [x.reshape(batch, *spatial[k]) for k, x in enumerate(fisher_maps)] if maps and checked_values else None,
+        [x.reshape(batch, *spatial[k]) for k, x in enumerate(attribution_maps)] if maps and checked_features else None,
     )
 
 

@@ -11,23 +11,15 @@ from modreg_fast import _validate as validate
 
 
 def spatial_shape(x: Tensor, channel_dim: int) -> tuple[int, ...]:
-    return tuple(x.movedim(channel_dim, 1).shape[2:])
+    shape = list(x.shape)
+    del shape[channel_dim]
+    return tuple(shape[1:])
 
 
 def resize_mask(mask: Tensor, spatial: Sequence[int]) -> Tensor:
     """``mask`` ``(B, *spatial)`` bool at another resolution: a pixel is valid when at least half of its area is.
 
-    Any ratio of the resolutions.
-
-    Args:
-        mask: bool ``(B, *spatial)``.
-        spatial: the new spatial shape.
-
-    Returns:
-        bool ``(B, *spatial)`` at the new resolution.
-
-    Raises:
-        ValueError: to another resolution with other than one to three spatial dimensions.
+    Any ratio; to another resolution for one to three spatial dimensions, else ``ValueError``.
 
     Example:
         >>> resize_mask(torch.tensor([[True, True, False, False, False, True]]), (3,))

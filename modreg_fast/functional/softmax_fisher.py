@@ -49,7 +49,9 @@ def softmax_fisher_information(
         sigma: standard deviation of the Gaussian noise, at least 0; one number, or one per modality.
         samples: number of noise draws, at least 1. They cost no memory.
         seed: seed of the noise. By default it is drawn from ``generator``, or from torch's default generator of the device.
-        generator: source of the seed.
+        generator: source of the seed. ``torch.utils.checkpoint`` computes a forward pass again with the default generators as they were,
+            but not with one of your own, nor with ``preserve_rng_state=False``: there the gradient would be that of other noise. Under
+            it pass ``seed``.
         detach_reference: no gradient through ``q``.
         channel_dim: dimension of the channels in every feature: 1, or -1 for tokens ``(B, N, C)``.
         eps: added to ``f``.
@@ -98,27 +100,27 @@ def softmax_fisher_with_counts(
         if len(row) != scales:
             validate.fail(function, label, f"a list of {scales} scales like {labels[0]}", f"{len(row)}")
 
-    flat: list[list[Tensor]] = [[] for _ in range(modalities)]
+    checked: list[list[Tensor]] = [[] for _ in range(modalities)]
     for s in range(scales):
         for m in range(modalities):
             x = validate.feature(features[m][s], function, f"{labels[m]}[{s}]", channel_dim)
             validate.same(features[m][s], features[0][s], function, f"{labels[m]}[{s}]", f"{labels[0]}[{s}]")
-            flat[m].append(x)
-        if flat[0][s].shape[0] != flat[0][0].shape[0] or flat[0][s].device != flat[0][0].device:
-            first = flat[0][0]
+            checked[m].append(x)
+        if checked[0][s].shape[0] != checked[0][0].shape[0] or checked[0][s].device != checked[0][0].device:
+            first = checked[0][0]
             validate.fail(
                 function,
                 f"{labels[0]}[{s}]",
                 f"of batch size {first.shape[0]} on {first.device} like the first scale",
-                f"{flat[0][s].shape[0]} on {flat[0][s].device}",
+                f"{checked[0][s].shape[0]} on {checked[0][s].device}",
             )
-        dtype = flat[0][s].dtype
+        dtype = checked[0][s].dtype
         for m in range(1, modalities):
-            dtype = torch.promote_types(dtype, flat[m][s].dtype)
+            dtype = torch.promote_types(dtype, checked[m][s].dtype)
         for m in range(modalities):
-            flat[m][s] = flat[m][s].to(dtype)
+            checked[m][s] = checked[m][s].to(dtype)
 
-    device, batch = flat[0][0].device, flat[0][0].shape[0]
+    device, batch = checked[0][0].device, checked[0][0].shape[0]
     masks = (
         [] if mask is None else scale_masks(mask, [spatial_shape(x, channel_dim) for x in features[0]], batch, device, function)
     )
@@ -137,8 +139,18 @@ def softmax_fisher_with_counts(
     noise_seed = _draw_seed(seed, generator, device, function) if any(s > 0 for s in sigmas) else None
     if noise_seed is None:
         samples = 1  # without noise every draw is the same
-    name = resolve(backend, flat[0][0], function) if batch else "reference"  # no kernel runs over nothing
-    problem = Problem([x for row in flat for x in row], masks, present, sigmas, samples, noise_seed, detach_reference, float(eps))
+    name = resolve(backend, checked[0][0], function) if batch else "reference"  # no kernel runs over nothing
+    problem = Problem(
+        [x for row in checked for x in row],
+        masks,
+        present,
+        sigmas,
+        samples,
+        noise_seed,
+        detach_reference,
+        float(eps),
+        channel_dim,
+    )
     return ops.softmax_fisher(problem, name)
 
 

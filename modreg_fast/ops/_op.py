@@ -1,6 +1,6 @@
 """An op, made from its definition in ``backends/reference/<stem>.py``."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from modreg_fast.backends import implementation
-from modreg_fast.ops._autograd import flattened, gradients_of, laid_out_like, restored, vector_jacobian_product
+from modreg_fast.ops import _eager
+from modreg_fast.ops._autograd import Form, flattened, gradients_of, laid_out_like, restored, vector_jacobian_product
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -28,24 +29,30 @@ class Op:
 
     - ``modreg_fast::<stem>`` takes the fields of the problem and the name of the backend;
     - ``modreg_fast::<stem>_backward`` takes the gradients of the differentiable results, the kept results, and the same again. It returns
-      the gradients of all tensors of the differentiable inputs. Its own derivative is that of the reference formula."""
+      the gradients of all tensors of the differentiable inputs. Its own derivative is that of the reference formula.
+
+    Eager calls take a shorter way to the same backend. Under transforms of ``torch.func`` and in forward-mode differentiation the reference
+    computes, which is plain PyTorch."""
 
     def __init__(self, reference: ModuleType) -> None:
         self.reference = reference
         self.stem = reference.__name__.rpartition(".")[2]
         fields, results = reference.Problem._fields, reference.Result._fields
-        assert fields[: len(reference.DIFFERENTIABLE_INPUTS)] == reference.DIFFERENTIABLE_INPUTS  # the formulas below count on it
-        self._upstream = [name for name in results if name in reference.DIFFERENTIABLE_RESULTS]
-        self._kept = [name for name in results if name in reference.KEPT_RESULTS]
+        self.inputs, self.upstream = len(reference.DIFFERENTIABLE_INPUTS), len(reference.DIFFERENTIABLE_RESULTS)
+        self.kept = [results.index(name) for name in reference.KEPT_RESULTS]
+        # What is differentiable comes first.
+        assert fields[: self.inputs] == reference.DIFFERENTIABLE_INPUTS
+        assert results[: self.upstream] == reference.DIFFERENTIABLE_RESULTS
 
         inputs, outputs = _schema_types(reference.Problem), _schema_types(reference.Result)
         last = [*(f"{kind} {name}" for name, kind in inputs.items()), "str backend"]
-        first = [f"{outputs[name]} grad_{name}" for name in self._upstream] + [f"{outputs[name]} {name}" for name in self._kept]
+        first = [f"{outputs[name]} grad_{name}" for name in reference.DIFFERENTIABLE_RESULTS]
+        first += [f"{outputs[name]} {name}" for name in reference.KEPT_RESULTS]
         name = f"modreg_fast::{self.stem}"
         forward = torch.library.custom_op(
             name, self._forward, mutates_args=(), schema=f"({', '.join(last)}) -> ({', '.join(outputs.values())})"
         )
-        forward.register_fake(lambda *inputs: tuple(reference.Problem(*inputs[:-1]).empty_result()))
+        forward.register_fake(lambda *inputs: tuple(reference.Problem(*inputs[:-1]).flat().empty_result()))
         forward.register_autograd(self._gradients, setup_context=self._keep)
         backward = torch.library.custom_op(
             f"{name}_backward", self._backward, mutates_args=(), schema=f"({', '.join(first + last)}) -> Tensor[]"
@@ -55,46 +62,63 @@ class Op:
         self.custom, self.custom_backward = (getattr(torch.ops.modreg_fast, self.stem + end).default for end in ("", "_backward"))
 
     def __call__(self, problem: Any, backend: str) -> Any:
+        if not torch.compiler.is_compiling():
+            tensors, form = flattened(problem)
+            if _eager.is_transformed(tensors):
+                return self.reference.forward(problem.flat())
+            if not _eager.is_seen(tensors):
+                return _eager.call(self, problem, backend, tensors, form)
         return self.reference.Result(*self.custom(*problem, backend))
 
-    # ---- what the custom ops run ----
+    # ---- what all ways run ----
+
+    def run(self, problem: Any, backend: str) -> Any:
+        return implementation(backend, self.stem).forward(problem.flat())
+
+    def run_backward(self, inputs: Sequence[Any], backend: str) -> list[Tensor]:
+        upstream, result, problem = self._parted(inputs)
+        gradients = problem.shaped(implementation(backend, self.stem).backward(problem.flat(), result, upstream))
+        return laid_out_like(gradients, self._differentiable(problem))
+
+    def second_gradients(self, inputs: Sequence[Tensor], form: Form, upstream: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of the flattened inputs of the backward op."""
+
+        def gradients(*tensors: Tensor) -> list[Tensor]:
+            up, result, problem = self._parted(restored(tensors, form))
+            return problem.shaped(self.reference.backward(problem.flat(), result, up))
+
+        return vector_jacobian_product(gradients, inputs, upstream)
+
+    def _parted(self, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """The inputs of the backward op as the upstream gradients, the kept results, and the problem."""
+        fields, results = len(self.reference.Problem._fields), len(self.reference.Result._fields)
+        up, kept = list(inputs[: self.upstream]), [None] * results
+        for i, x in zip(self.kept, inputs[self.upstream :], strict=False):
+            kept[i] = x
+        first = self.upstream + len(self.kept)
+        problem = self.reference.Problem(*inputs[first : first + fields])
+        return self.reference.Result(*up, *[None] * (results - len(up))), self.reference.Result(*kept), problem
+
+    # ---- the custom ops ----
 
     def _forward(self, *inputs: Any) -> tuple[Any, ...]:
         *problem, backend = inputs
-        return tuple(implementation(backend, self.stem).forward(self.reference.Problem(*problem)))
+        return tuple(self.run(self.reference.Problem(*problem), backend))
 
     def _backward(self, *inputs: Any) -> list[Tensor]:
-        upstream, result, problem = self._parted(inputs)
-        gradients = implementation(inputs[-1], self.stem).backward(problem, result, upstream)
-        return laid_out_like(gradients, self._differentiable(problem))
-
-    def _parted(self, inputs: Iterable[Any]) -> tuple[Any, Any, Any]:
-        """The inputs of the backward op as the upstream gradients, the kept results, and the problem."""
-        rest = iter(inputs)
-        results = self.reference.Result._fields
-        upstream = self.reference.Result(*(next(rest) if name in self._upstream else None for name in results))
-        result = self.reference.Result(*(next(rest) if name in self._kept else None for name in results))
-        return upstream, result, self.reference.Problem(*(next(rest) for _ in self.reference.Problem._fields))
+        return self.run_backward(inputs, inputs[-1])
 
     def _differentiable(self, problem: Any) -> list[Tensor]:
-        return [x for inputs in problem[: len(self.reference.DIFFERENTIABLE_INPUTS)] for x in inputs]
-
-    def _named(self, names: list[str], results: tuple[Any, ...]) -> list[Any]:
-        return [x for name, x in zip(self.reference.Result._fields, results, strict=True) if name in names]
-
-    # ---- their autograd formulas ----
+        return [x for inputs in problem[: self.inputs] for x in inputs]
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         tensors, ctx.form = flattened(inputs)
-        kept, ctx.kept_form = flattened(self._named(self._kept, output))
-        ctx.mark_non_differentiable(*(x for x in kept if not x.is_floating_point()))
-        ctx.save_for_backward(*kept, *tensors)
-        ctx.kept = len(kept)
+        ctx.mark_non_differentiable(*output[self.upstream :])
+        ctx.save_for_backward(*(output[i] for i in self.kept), *tensors)
 
     def _gradients(self, ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
-        results = (*self._named(self._upstream, upstream), *restored(kept, ctx.kept_form))
-        gradients = self.custom_backward(*results, *restored(tensors, ctx.form))
+        kept, tensors = ctx.saved_tensors[: len(self.kept)], ctx.saved_tensors[len(self.kept) :]
+        gradients = self.custom_backward(*upstream[: self.upstream], *kept, *restored(tensors, ctx.form))
         return gradients_of([*gradients, *[None] * (len(tensors) - len(gradients))], ctx.form)
 
     def _keep_all(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -102,11 +126,7 @@ class Op:
         ctx.save_for_backward(*tensors)
 
     def _second_gradients(self, ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
-        def gradients(*tensors: Tensor) -> list[Tensor]:
-            up, result, problem = self._parted(restored(tensors, ctx.form))
-            return self.reference.backward(problem, result, up)
-
-        return gradients_of(vector_jacobian_product(gradients, ctx.saved_tensors, upstream), ctx.form)
+        return gradients_of(self.second_gradients(ctx.saved_tensors, ctx.form, upstream), ctx.form)
 
 
 def _schema_types(fields: type) -> dict[str, str]:

@@ -12,12 +12,13 @@ from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 
 def _prepared(problem: Problem) -> Problem:
     """As the kernels read it: gradient and feature in one layout, values in the accumulation type of their tensor."""
-    grads, features, values, masks, eps, maps = problem
+    grads, features, values, masks, *_ = problem
     if grads[0].is_cuda and problem.dtype == torch.float64:  # one accumulation type per launch
         grads, features = ([x.double() for x in tensors] for tensors in (grads, features))
     grads = [in_layout(g) for g in grads]
     features = [in_layout(e, layout_of(g)) for g, e in zip(grads, features, strict=True)] if features else []
-    return Problem(grads, features, _narrowed(values, grads), [m.contiguous() for m in masks], eps, maps)
+    values, masks = _narrowed(values, grads), [m.contiguous() for m in masks]
+    return problem._replace(grads=grads, features=features, values=values, masks=masks)
 
 
 def _narrowed(tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -27,7 +28,7 @@ def _narrowed(tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
 def forward(problem: Problem) -> Result:
     result = problem.empty_result()
-    grads, features, values, masks, eps, _ = _prepared(problem)
+    grads, features, values, masks, eps, *_ = _prepared(problem)
     fisher_maps, attribution_maps = (_narrowed(maps, grads) for maps in result[2:])
     torch.ops.modreg_fast_native.gradient_statistics_forward(
         grads, features, values, masks, eps, *result[:2], fisher_maps, attribution_maps
@@ -38,7 +39,7 @@ def forward(problem: Problem) -> Result:
 
 def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
     inputs = [*problem.grads, *problem.features, *problem.values]
-    grads, features, values, masks, eps, _ = _prepared(problem)
+    grads, features, values, masks, eps, *_ = _prepared(problem)
     fisher_weight = upstream.fisher.double()
     if values:
         counts = [m.sum(1).clamp(min=1) for m in masks] if masks else [g.shape[2] for g in grads]

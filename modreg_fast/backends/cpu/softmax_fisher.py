@@ -17,7 +17,7 @@ def forward(problem: Problem) -> Result:
         raise ValueError(
             f"softmax_fisher: backend {device!r} takes at most {_MOST_MODALITIES[device]} modalities, got {modalities}"
         )
-    features, masks, present, sigma, samples, seed, _, eps = _prepared(problem)
+    features, masks, present, sigma, samples, seed, _, eps, _ = _prepared(problem)
     result = problem.empty_result()
     torch.ops.modreg_fast_native.softmax_fisher_forward(features, masks, present, sigma, samples, seed, eps, *result)
     return result
@@ -27,7 +27,7 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
     problem = _prepared(problem)
     gradients = [empty_in_layout(x, layout_of(x)) for x in problem.features]
     weight = (upstream.information.double() / (result.counts.clamp(min=1) * problem.samples)).contiguous()
-    torch.ops.modreg_fast_native.softmax_fisher_backward(weight, *problem, gradients)
+    torch.ops.modreg_fast_native.softmax_fisher_backward(weight, *problem[:-1], gradients)
     return gradients
 
 

@@ -5,7 +5,7 @@ Per tensor, with the gradient ``g`` and the feature ``e`` of shape ``(B, C, P)``
     fisher_map      = sum_c g^2 / (f + eps)               fisher[b]      = mean of fisher_map over valid pixels
     attribution_map = sqrt( sum_c (g * e)^2 )             attribution[b] = sqrt( sum of attribution_map^2 over valid pixels )
 
-Every backend takes a :class:`Problem` and gives a :class:`Result`.
+Every backend takes a flat :class:`Problem` and gives a :class:`Result`.
 """
 
 from typing import NamedTuple
@@ -13,18 +13,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modreg_fast.backends.layout import flat, shaped_like
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype, keep
 
 
 class Problem(NamedTuple):
     """One call: what it reads, and its options. ``functional`` makes and checks it, every backend reads it."""
 
-    grads: list[Tensor]  # K tensors (B, C_k, P_k)
+    grads: list[Tensor]  # K tensors (B, C_k, *spatial_k); flat: (B, C_k, P_k)
     features: list[Tensor]  # none, or K of the same shapes
-    values: list[Tensor]  # none, or K tensors (B, P_k)
+    values: list[Tensor]  # none, or K tensors (B, *spatial_k); flat: (B, P_k)
     masks: list[Tensor]  # none, or K bool tensors (B, P_k): the valid pixels
     eps: float
     maps: bool
+    channel_dim: int = 1  # of grads and features
+
+    def flat(self) -> "Problem":
+        grads, features = ([flat(x, self.channel_dim) for x in tensors] for tensors in (self.grads, self.features))
+        values = [f.flatten(1) if f.dim() > 1 else f.unsqueeze(1) for f in self.values]
+        return self._replace(grads=grads, features=features, values=values, channel_dim=1)
+
+    def shaped(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients of the flat problem as those of this one."""
+        count = len(self.grads) + len(self.features)
+        inputs = zip(gradients, [*self.grads, *self.features], strict=False)
+        to_values = [g.view(f.shape) for g, f in zip(gradients[count:], self.values, strict=True)]
+        return [*(shaped_like(g, x, self.channel_dim) for g, x in inputs), *to_values]
 
     @property
     def batch(self) -> int:
@@ -59,7 +73,7 @@ class Result(NamedTuple):
 
 DIFFERENTIABLE_INPUTS = ("grads", "features", "values")
 DIFFERENTIABLE_RESULTS = ("fisher", "attribution", "fisher_maps", "attribution_maps")
-KEPT_RESULTS = ("attribution",)  # what the backward pass reads
+KEPT_RESULTS = ("attribution",)  # tensors that the backward pass reads
 
 
 def _validity(g: Tensor, masks: list[Tensor], k: int) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
@@ -83,7 +97,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 def forward(problem: Problem) -> Result:
     """In differentiable PyTorch."""
-    grads, features, values, masks, eps, maps = problem
+    grads, features, values, masks, eps, maps, _ = problem
     dtype = problem.dtype
     fisher, attribution, fisher_maps, attribution_maps = [], [], [], []
     for k, g in enumerate(grads):
@@ -113,7 +127,7 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         dg = 2 u / (f + eps) g + 2 v g e^2        de = 2 v g^2 e        df = -u sum_c g^2 / (f + eps)^2
 
     In differentiable PyTorch, so that it serves second derivatives as well."""
-    grads, features, values, masks, eps, _ = problem
+    grads, features, values, masks, eps, *_ = problem
     dtype = problem.dtype
     to_grads, to_features, to_values = [], [], []
     for k, original in enumerate(grads):

@@ -8,7 +8,7 @@ Per scale, with modality features ``X_m`` of shape ``(B, C, P)``::
     I_m  = sum_c (p_mc - q_c)^2 / (f_m + eps)
     information[m, s, b] = mean of I_m over valid pixels and draws
 
-Every backend takes a :class:`Problem` and gives a :class:`Result`.
+Every backend takes a flat :class:`Problem` and gives a :class:`Result`.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modreg_fast.backends.layout import flat, shaped_like
 from modreg_fast.backends.reference.philox import standard_normal
 
 
@@ -28,7 +29,7 @@ def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
 class Problem(NamedTuple):
     """One call: what it reads, and its options. ``functional`` makes and checks it, every backend reads it."""
 
-    features: list[Tensor]  # M * S tensors (B, C_s, P_s), modality first
+    features: list[Tensor]  # M * S tensors (B, C_s, *spatial_s), modality first; flat: (B, C_s, P_s)
     masks: list[Tensor]  # none, or S bool tensors (B, P_s): the valid pixels
     present: Tensor | None  # (B, M) bool
     sigma: list[float]  # M
@@ -36,6 +37,14 @@ class Problem(NamedTuple):
     seed: Tensor | None  # one int64; None without noise
     detach_reference: bool
     eps: float
+    channel_dim: int = 1  # of the features
+
+    def flat(self) -> "Problem":
+        return self._replace(features=[flat(x, self.channel_dim) for x in self.features], channel_dim=1)
+
+    def shaped(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients of the flat problem as those of this one."""
+        return [shaped_like(g, x, self.channel_dim) for g, x in zip(gradients, self.features, strict=True)]
 
     @property
     def modalities(self) -> int:
@@ -65,7 +74,7 @@ class Result(NamedTuple):
 
 DIFFERENTIABLE_INPUTS = ("features",)
 DIFFERENTIABLE_RESULTS = ("information",)
-KEPT_RESULTS = ("counts",)  # what the backward pass reads
+KEPT_RESULTS = ("counts",)  # tensors that the backward pass reads
 
 
 class _Term(NamedTuple):

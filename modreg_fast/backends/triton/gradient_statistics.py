@@ -235,7 +235,7 @@ def _shape(tensors: list[Tensor], dtype: torch.dtype, twice: bool) -> Shape:
 
 def _prepared(problem: Problem, twice: bool) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
     """Gradient and feature of every tensor as the kernels read them, the shapes, and the arguments that the large kernels share."""
-    grads, features, values, masks, eps, _ = problem
+    grads, features, values, masks, eps, *_ = problem
     launches.check_pixels(grads, "gradient_statistics")
     pairs = [launches.in_one_layout([g, *features[k : k + 1]]) for k, g in enumerate(grads)]
     shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]]), twice) for k, pair in enumerate(pairs)]

@@ -329,7 +329,7 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
 
 def _prepared(problem: Problem, backward: bool) -> tuple[list[list[Tensor]], Launch]:
     """The features by scale, as the kernels read them, and a launch that has all but what one kernel alone takes."""
-    features, masks, present, sigma, samples, seed, _, eps = problem
+    features, masks, present, sigma, samples, seed, _, eps, _ = problem
     channels = max(x.shape[1] for x in features)
     launches.check_pixels(features, "softmax_fisher")
     if channels > _MOST_CHANNELS:
