@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from modreg_fast import _validate as validate
@@ -17,6 +18,9 @@ _CURES = {
     "scaled_dot_product": "run the forward pass under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
     "hardsigmoid": "write hardsigmoid(x) as torch.nn.functional.relu6(x + 3) / 6",
     "torch.compile": "leave this part uncompiled, and compile the encoders",
+    "dist_backward": "write the distance out, such as torch.linalg.vector_norm(x[:, None] - y, dim=-1) for torch.cdist(x, y)",
+    "embedding_bag": "look the embeddings up (torch.nn.functional.embedding) and reduce them yourself",
+    "uDNN": "run the forward pass under torch.backends.cudnn.flags(enabled=False)",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
     "": "replace this operation, or pass tensors that come after it in the network",
 }
@@ -64,7 +68,8 @@ def gradients(score: Tensor, inputs: Sequence[Tensor], function: str) -> list[Te
     try:
         found = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
     except RuntimeError as error:
-        if "use_reentrant" in str(error):  # reentrant checkpointing refuses already here
+        # What cannot be differentiated once with a graph says so here; reentrant checkpointing too.
+        if any(part in str(error) for part in ("use_reentrant", "is not implemented", "automatic differentiation")):
             raise _wall(function, str(error).partition(". ")[0]) from error
         raise
     if all(g is None for g in found):
@@ -87,8 +92,9 @@ def _wall(function: str, obstacle: str) -> RuntimeError:
 def _obstacle(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
     """What PyTorch will say in the outer backward pass, or None.
 
-    The graph of the gradients holds a node that raises wherever a derivative is missing. It holds none for what lies before
-    ``inputs`` or beside the path to them, for that is differentiated once only; the walk ends at ``inputs`` to be short.
+    The graph of the gradients holds a node that raises wherever a derivative is missing, or one that raises when it is executed,
+    also on gradients that are all undefined, which costs nothing: both are tried. It holds none for what lies before ``inputs`` or
+    beside the path to them, for that is differentiated once only; the walk ends at ``inputs`` to be short.
     """
     seen: set[Node | None] = {None, *(x.grad_fn for x in inputs)}
     stack = [g.grad_fn for g in grads]
@@ -101,10 +107,17 @@ def _obstacle(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
         name = node.name()
         if name == "CompiledFunctionBackwardBackward":
             return "torch.compile does not support double backward"
-        if name in ("torch::autograd::NotImplemented", "torch::autograd::Error"):
+        if name in ("torch::autograd::NotImplemented", "torch::autograd::Error") or _second_derivative(name, node):
             try:
                 node(*[None] * len(node._input_metadata))  # type: ignore[operator]
             except RuntimeError as error:
                 return str(error)
         stack.extend(following for following, _ in node.next_functions)
     return None
+
+
+def _second_derivative(name: str, node: Node) -> bool:
+    """Whether it is PyTorch's derivative of what itself computes in a backward pass, such as ``CdistBackwardBackward0``."""
+    if "BackwardBackward" not in name and "GradBackward" not in name:
+        return False
+    return ":" not in name and not isinstance(node, BackwardCFunction)  # which are written by others, and may do anything

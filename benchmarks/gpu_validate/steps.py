@@ -102,9 +102,11 @@ def _last_line(command: list[str]) -> str:
 
 
 def tests(where: Where) -> Findings:
-    """The tests that need a GPU; in a dry run they skip, which is no failure, and the others of the file run."""
+    """The tests that need a GPU; in a dry run they skip, which is no failure, and the others of the file run. Of the second derivatives
+    those on the GPU, whose kernels are others than on the CPU (cuDNN, fast attention)."""
+    files = ["tests/test_cuda_backend.py", "tests/test_second_derivatives.py", "-k", "cuda"]
     done = subprocess.run(
-        python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda_backend.py"),
+        python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files),
         capture_output=True,
         text=True,
         cwd=ROOT,
