@@ -35,39 +35,29 @@ def test_example(name):
     assert not runner.summarize(verbose=False).failed, "".join(said)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Built as `make docs` does. Takes about ten seconds."""
+def test_site(tmp_path):
+    """Builds as `make docs` does, with every public name, and needs no network to be read. Takes about ten seconds; one test, so that
+    no second worker builds it again."""
     pytest.importorskip("sphinx")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "docs", str(folder)]
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder
 
-
-def test_every_public_name_is_in_the_reference(site):
     from sphinx.util.inventory import InventoryFile
 
-    with (site / "objects.inv").open("rb") as file:
+    with (tmp_path / "objects.inv").open("rb") as file:
         objects = InventoryFile.load(file, "", os.path.join)
     listed = {name for kind, names in objects.items() if kind.startswith("py:") for name in names}
     assert not set(PUBLIC) - listed, "to be added to a page in docs/reference"
 
-
-def test_site_needs_no_network(site):
-    pages = list(site.rglob("*.html"))
+    pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert len(pages) > 15
-    loaded = re.compile(r"""<(?:script|img|link|iframe|source)\b[^>]*?\b(?:src|href)=["'](?:https?:)?//[^"']+""")
-    for page in pages:
-        assert not loaded.findall(page.read_text(encoding="utf-8")), page
-    for style in site.rglob("*.css"):
-        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+    loaded = re.compile(r"""<(?:script|img|link|iframe|source)\b[^>]*?\b(?:src|href)=["'](?:https?:)?//""")
+    assert not [page for page, text in pages.items() if loaded.search(text)]
+    styles = {style: style.read_text(encoding="utf-8") for style in tmp_path.rglob("*.css")}
+    assert not [style for style, text in styles.items() if re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", text)]
 
-
-def test_site_shows_formulas_and_links(site):
-    reference = (site / "reference" / "functional.html").read_text(encoding="utf-8")
-    assert "<math" in reference and "\\frac" not in reference
-    assert 'href="../guides/kernels.html"' in reference  # from a name to the guide that uses it
-    assert 'href="../reference/looking.html#modreg_fast.capture"' in (site / "guides" / "segmentation.html").read_text("utf-8")
-    assert (site / "_static" / "STIXTwoMath-Regular.ttf").exists()
+    functions = pages[tmp_path / "reference" / "functional.html"]
+    assert "<math" in functions and "\\frac" not in functions and (tmp_path / "_static" / "STIXTwoMath-Regular.ttf").exists()
+    assert 'href="../guides/kernels.html"' in functions  # from a name to the guide that uses it, and back
+    assert 'href="../reference/looking.html#modreg_fast.capture"' in pages[tmp_path / "guides" / "segmentation.html"]
