@@ -59,6 +59,9 @@ class AdaptiveWeight(_Averages):
         maximum: upper limit of the weight.
         process_group: takes the norms over all its ranks, so that every rank has the same weight.
 
+    Raises:
+        ValueError, TypeError: an argument that does not fit, here or in the call; the message says which and why.
+
     Example:
         >>> adaptive, head, x = AdaptiveWeight(ratio=0.1), torch.nn.Linear(4, 2), torch.randn(3, 4)
         >>> task, penalty = head(x).square().mean(), 1e6 * head.weight.square().sum()
@@ -173,6 +176,9 @@ class QualityTarget(_Averages):
         smoothing: skill that every modality is credited with, above 0.
         decay: share of the old value that each step keeps in the averages, in [0, 1).
         process_group: averages over all its ranks, so that every rank has the same targets.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, here or in the call; the message says which and why.
 
     Example:
         >>> quality = QualityTarget(["rgb", "depth"], classes=3)

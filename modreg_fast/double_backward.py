@@ -85,7 +85,7 @@ def _wall(function: str, obstacle: str) -> RuntimeError:
     cure = next(cure for part, cure in _CURES.items() if part in obstacle)
     return RuntimeError(
         f"{function} differentiates twice what lies between the given tensors and the score, and PyTorch cannot: {obstacle}. "
-        f"Instead, {cure}"
+        f"Instead, {cure} (docs/limits.md#double-differentiation)"
     )
 
 

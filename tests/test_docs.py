@@ -1,6 +1,7 @@
 """The documentation: every public name stands in the site with an example that runs, and the site builds without a warning."""
 
 import doctest
+import inspect
 import os
 import re
 import subprocess
@@ -33,6 +34,25 @@ def test_example(name):
     for test in found:
         runner.run(test, out=said.append)
     assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+def test_pages_that_messages_name_exist():
+    """Errors and commands name a page, or a heading of one, as it stands in the repository."""
+    text = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "modreg_fast").rglob("*.py"))
+    named = set(re.findall(r"(docs/[\w/]+\.md)(?:#([\w-]+))?", text))
+    assert ("docs/limits.md", "double-differentiation") in named
+    for page, anchor in named:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (page, anchor)
+
+
+def test_errors_are_documented():
+    """Of everything that a user calls with arguments, so not of the types of results."""
+    called = [n for n, x in PUBLIC.items() if inspect.isfunction(x) or issubclass(x, nn.Module)]
+    assert len(called) >= 14
+    for name in called:
+        if inspect.signature(PUBLIC[name]).parameters:
+            assert "Raises:" in str(inspect.getdoc(PUBLIC[name])), name
 
 
 def test_site(tmp_path):

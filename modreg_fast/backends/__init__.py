@@ -42,7 +42,8 @@ _MODULES: dict[str, ModuleType] = {name: importlib.import_module(entry.module) f
 _STATUS: dict[str, BackendStatus] = {name: BackendStatus(*module.status()) for name, module in _MODULES.items()}
 
 if not _STATUS["cpu"].available:
-    warnings.warn(f"modreg_fast computes in plain PyTorch on the CPU: {_STATUS['cpu'].detail}", RuntimeWarning, stacklevel=2)
+    _said = f"modreg_fast computes in plain PyTorch on the CPU: {_STATUS['cpu'].detail} (docs/install.md#without-a-compiler)"
+    warnings.warn(_said, RuntimeWarning, stacklevel=2)
 
 _override: str | None = None  # set by use_backend; a plain global, because torch.compile guards on it
 
@@ -61,7 +62,8 @@ def _require(name: str, source: str) -> str:
     if name not in _REGISTRY:
         raise ValueError(f"{source}: backend must be one of {', '.join(map(repr, _REGISTRY))}, got {name!r}")
     if not _STATUS[name].available:
-        raise RuntimeError(f"{source}: backend {name!r} is not usable here: {_STATUS[name].detail}")
+        reason = f"{_STATUS[name].detail} (docs/install.md#what-is-usable-here)"
+        raise RuntimeError(f"{source}: backend {name!r} is not usable here: {reason}")
     return name
 
 
@@ -72,7 +74,9 @@ def use_backend(name: str) -> Iterator[None]:
     An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The
     backward pass of an op runs on the backend of its forward pass, wherever it is called.
 
-    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a backend that is not usable here.
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that is not usable here, with the reason.
 
     Example:
         >>> from modreg_fast.functional import softmax_fisher_information

@@ -19,7 +19,17 @@ def spatial_shape(x: Tensor, channel_dim: int) -> tuple[int, ...]:
 def resize_mask(mask: Tensor, spatial: Sequence[int]) -> Tensor:
     """``mask`` ``(B, *spatial)`` bool at another resolution: a pixel is valid when at least half of its area is.
 
-    Any ratio; to another resolution for one to three spatial dimensions, else ``ValueError``.
+    Any ratio of the resolutions.
+
+    Args:
+        mask: bool ``(B, *spatial)``.
+        spatial: the new spatial shape.
+
+    Returns:
+        bool ``(B, *spatial)`` at the new resolution.
+
+    Raises:
+        ValueError: to another resolution with other than one to three spatial dimensions.
 
     Example:
         >>> resize_mask(torch.tensor([[True, True, False, False, False, True]]), (3,))

@@ -22,6 +22,9 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
     Returns:
         ``f`` without ``dim``. 0 where ``f`` is 0 throughout.
 
+    Raises:
+        TypeError: not a floating-point tensor.
+
     Example:
         >>> functional_entropy(torch.ones(5), dim=0)
         tensor(0.)
@@ -34,13 +37,16 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
 
 
 def modality_share(attribution: Tensor) -> Tensor:
-    """Share of each modality in the attribution of a sample, ``a_m / sum_m a_m``, in [0, 1].
+    r"""Share of each modality in the attribution of a sample, :math:`a_m / \sum_k a_k`, in [0, 1] (arXiv:2404.02359).
 
     Args:
         attribution: ``(M, B)``, at least 0.
 
     Returns:
         ``(M, B)``; sums to 1 over the modalities, 0 throughout (with zero gradient) where nothing was attributed.
+
+    Raises:
+        TypeError: not a floating-point tensor.
 
     Example:
         >>> modality_share(torch.tensor([[3.0], [1.0]])).flatten()

@@ -53,6 +53,11 @@ class AttributionLoss(Grouped):
         spatial_group: its ranks hold parts of the same samples, such as rows of every map; sums over pixels are taken over them all.
         backend: see :func:`modreg_fast.functional.softmax_fisher_information`.
 
+    Raises:
+        ValueError, TypeError: an argument that does not fit, here or in the call; the message says which and why.
+        RuntimeError: in the call, an operation between ``features`` and ``scores`` that PyTorch cannot differentiate twice; the message
+            names it and the cure.
+
     Example:
         >>> video, audio = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
         >>> scores = torch.nn.Linear(16, 3)(torch.cat([video, audio], 1))

@@ -56,6 +56,11 @@ class FunctionalEntropyLoss(Grouped):
             batch.
         spatial_group: its ranks hold parts of the same samples, such as rows of every map; sums over pixels are taken over them all.
 
+    Raises:
+        ValueError, TypeError: an argument that does not fit, here or in the call; the message says which and why.
+        RuntimeError: in :meth:`prediction_term`, an operation between ``inputs`` and ``values`` that PyTorch cannot differentiate twice;
+            the message names it and the cure.
+
     Example:
         >>> balance = FunctionalEntropyLoss(feature_weight=1e-4)
         >>> features = {"rgb": [torch.randn(2, 8, 4, 4)], "depth": [torch.randn(2, 8, 4, 4)]}
