@@ -1,5 +1,7 @@
 """Gradients that are differentiated again, and what stands in the way of that."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ _CURES = {
     "dist_backward": "write the distance out, such as torch.linalg.vector_norm(x[:, None] - y, dim=-1) for torch.cdist(x, y)",
     "embedding_bag": "look the embeddings up (torch.nn.functional.embedding) and reduce them yourself",
     "uDNN": "run the forward pass under torch.backends.cudnn.flags(enabled=False)",
+    "FSDP": "leave what lies between these tensors and the score unsharded, and shard the encoders (docs/guides/distributed.md)",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
     "": "replace this operation, or pass tensors that come after it in the network",
 }
@@ -96,6 +99,7 @@ def _obstacle(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
     also on gradients that are all undefined, which costs nothing: both are tried. It holds none for what lies before ``inputs`` or
     beside the path to them, for that is differentiated once only; the walk ends at ``inputs`` to be short.
     """
+    sharded = "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
     seen: set[Node | None] = {None, *(x.grad_fn for x in inputs)}
     stack = [g.grad_fn for g in grads]
     while stack:
@@ -112,8 +116,25 @@ def _obstacle(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
                 node(*[None] * len(node._input_metadata))  # type: ignore[operator]
             except RuntimeError as error:
                 return str(error)
+        if sharded and any(_freed(node, saved) for saved in _saved(type(node))):
+            # Its hooks do not see a second backward pass either: where no freed value is needed, the gradient would be lost in silence.
+            return "FSDP has freed the parameters that it gathered there, when the first backward pass was over"
         stack.extend(following for following, _ in node.next_functions)
     return None
+
+
+@functools.cache
+def _saved(kind: type) -> list[str]:
+    """The names under which nodes of a kind show the tensors that they have saved, or the parameter whose gradient they take."""
+    return [name for name in dir(kind) if name.startswith("_saved_") or name == "variable"]
+
+
+def _freed(node: Node, saved: str) -> bool:
+    try:
+        x = getattr(node, saved)
+    except RuntimeError as error:
+        return "setStorage" in str(error)  # a view of freed memory
+    return isinstance(x, Tensor) and x.numel() > 0 and x.layout == torch.strided and x.untyped_storage().size() == 0
 
 
 def _second_derivative(name: str, node: Node) -> bool:
