@@ -5,8 +5,9 @@ package still installs, and modreg_fast.backends() says why a native backend is 
 
 Environment: MODREG_FAST_SKIP_NATIVE=1 builds no native code, MODREG_FAST_SKIP_CUDA=1 none for CUDA; with MODREG_FAST_FORCE_CUDA=1 a
 CUDA part that cannot be built is an error; TORCH_CUDA_ARCH_LIST as in torch, by default "8.0;9.0;10.0+PTX"; MODREG_FAST_BUILD_HARNESS=1
-also builds the development harness of the inner functions (pybind11, for the tests); CXX names the compiler; MAX_JOBS limits the
-parallel compilations.
+also builds the development harness of the inner functions (pybind11, for the tests); MODREG_FAST_SANITIZE=address,undefined (or
+thread) instruments the CPU kernels and the binding with GCC's sanitizers (see `make sanitize`); CXX names the compiler; MAX_JOBS limits
+the parallel compilations.
 """
 
 import os
@@ -29,6 +30,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # -Wno-psabi and the other two: GCC's own notes on vector arguments and on its intrinsics headers.
 FLAGS = "-std=c++17 -O3 -g0 -fPIC -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -fno-math-errno -fno-trapping-math"
+SANITIZE = os.environ.get("MODREG_FAST_SANITIZE")
+if SANITIZE:
+    FLAGS = f"{FLAGS.replace('-O3 -g0', '-O1 -g1')} -fsanitize={SANITIZE} -fno-omit-frame-pointer"
 STABLE_ABI = "-DPy_LIMITED_API=0x030A0000 -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY"
 
 
@@ -51,7 +55,7 @@ class Ninja:
             f"cxx = {compiler}",
             f"flags = {FLAGS}",
             "rule compile\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx -shared $in -o $out $extra",
+            f"rule link\n  command = $cxx -shared {f'-fsanitize={SANITIZE}' if SANITIZE else ''} $in -o $out $extra",
         ]
 
     def compile(self, source: str, name: str, extra: str, rule: str = "compile") -> str:

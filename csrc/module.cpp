@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "cpu/dispatch.h"
 #include "dtype.h"
 
@@ -129,15 +133,29 @@ void populate(const Tensors& tensors) {
 #endif
 }
 
+// A barrier of OpenMP, told to ThreadSanitizer, which does not see those of a libgomp that was not built with it.
+struct Barrier {
+#if defined(__SANITIZE_THREAD__)
+  void* at;
+  explicit Barrier(void* x) : at(x) { __tsan_acquire(at); }
+  ~Barrier() { __tsan_release(at); }
+#else
+  explicit Barrier(void*) {}
+#endif
+};
+
 template <class Problem>
 void run(mrf::Kernel<Problem> kernel, const Problem& problem, int64_t scratch_bytes) {
   int64_t counter = 0;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), problem.units);
+  Barrier{&counter};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Barrier barrier(&counter);
     const std::unique_ptr<char[]> memory(new char[scratch_bytes + 64]);
     void* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
     kernel(problem, &counter, aligned);
   });
+  Barrier{&counter};
 }
 
 // ---- softmax_fisher ----
@@ -200,6 +218,7 @@ void write_information(const SoftmaxFisherCall& call, T* information, int64_t* c
 
 void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma, int64_t draws,
                             std::optional<Tensor> seed, double eps, Tensor information, Tensor counts) {
+  mrf::check::softmax_fisher_forward(features, masks, present, sigma, draws, seed, eps, information, counts);
   SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
   std::vector<double> partial(call.slots() * call.problem.modalities);
   std::vector<int64_t> valid(call.slots());
@@ -217,6 +236,7 @@ void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tenso
 // weight (M, S, B): upstream gradient / (valid pixels * draws), float64.
 void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma,
                              int64_t draws, std::optional<Tensor> seed, bool detach_reference, double eps, Tensors gradients) {
+  mrf::check::softmax_fisher_backward(weight, features, masks, present, sigma, draws, seed, eps, gradients);
   SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
   call.gradients = views_of(gradients);
   call.fold(call.gradients);
@@ -271,6 +291,7 @@ void write_statistics(const mrf::GradientStatistics& problem, T* fisher, T* attr
 
 void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensor fisher,
                                  Tensor attribution, Tensors fisher_maps, Tensors attribution_maps) {
+  mrf::check::gradient_statistics_forward(grads, features, values, masks, eps, fisher, attribution, fisher_maps, attribution_maps);
   GradientStatisticsCall call(grads, features, values, masks, eps);
   std::vector<double> partial(call.problem.units * 2);
   std::vector<int64_t> valid(call.problem.units);
@@ -291,6 +312,8 @@ void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values
 void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensors fisher_map_grads, Tensors attribution_map_grads,
                                   Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensors to_grads,
                                   Tensors to_features, Tensors to_values) {
+  mrf::check::gradient_statistics_backward(fisher_weight, attribution_weight, fisher_map_grads, attribution_map_grads, grads, features, values,
+                                           masks, eps, to_grads, to_features, to_values);
   GradientStatisticsCall call(grads, features, values, masks, eps);
   const std::vector<View> dg = views_of(to_grads), de = views_of(to_features), df = flat_views_of(to_values);
   const std::vector<void*> maps = pointers_of(fisher_map_grads), more_maps = pointers_of(attribution_map_grads);

@@ -23,7 +23,7 @@ STORAGE = {
     torch.bfloat16: (2.0**-8, 2.0**-134),
     torch.float16: (2.0**-11, 2.0**-25),
     torch.float32: (2.0**-24, 2.0**-149),
-    torch.float64: (0.0, 0.0),
+    torch.float64: (0.0, 2.0**-1070),
 }
 USED: dict[str, float] = {}
 

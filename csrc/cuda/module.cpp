@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../check.h"
 #include "../dtype.h"
 #include "launch.h"
 #include "split.h"
@@ -104,6 +105,7 @@ void softmax_fisher(const Tensors& features, const Tensors& masks, const std::op
 
 void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma, int64_t draws,
                             std::optional<Tensor> seed, double eps, Tensor information, Tensor counts) {
+  mrf::check::softmax_fisher_forward(features, masks, present, sigma, draws, seed, eps, information, counts);
   mrf::cuda::SoftmaxFisher call{};
   call.information = pointer_of(information), call.counts = pointer_of<int64_t>(counts);
   softmax_fisher(features, masks, present, sigma, draws, seed, eps, dtype_of(information) == DType::float64, call, {});
@@ -111,6 +113,7 @@ void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tenso
 
 void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma,
                              int64_t draws, std::optional<Tensor> seed, bool detach_reference, double eps, Tensors gradients) {
+  mrf::check::softmax_fisher_backward(weight, features, masks, present, sigma, draws, seed, eps, gradients);
   bool wide = false;
   for (const Tensor& x : features) wide |= dtype_of(x) == DType::float64;
   mrf::cuda::SoftmaxFisher call{};
@@ -134,6 +137,7 @@ void gradient_statistics(const mrf::cuda::GradientStatisticsTables& all, const T
 
 void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensor fisher,
                                  Tensor attribution, Tensors fisher_maps, Tensors attribution_maps) {
+  mrf::check::gradient_statistics_forward(grads, features, values, masks, eps, fisher, attribution, fisher_maps, attribution_maps);
   mrf::cuda::GradientStatistics call{};
   call.fisher = values.empty() ? nullptr : pointer_of(fisher), call.attribution = features.empty() ? nullptr : pointer_of(attribution);
   const mrf::cuda::GradientStatisticsTables all{tilings_of(grads, grads.size(), masks), arrays_of(grads), arrays_of(features), {}, {},
@@ -144,6 +148,8 @@ void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values
 void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensors fisher_map_grads, Tensors attribution_map_grads,
                                   Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensors to_grads,
                                   Tensors to_features, Tensors to_values) {
+  mrf::check::gradient_statistics_backward(fisher_weight, attribution_weight, fisher_map_grads, attribution_map_grads, grads, features, values,
+                                           masks, eps, to_grads, to_features, to_values);
   mrf::cuda::GradientStatistics call{};
   call.fisher_weight = pointer_of<double>(fisher_weight), call.attribution_weight = pointer_of<double>(attribution_weight);
   const mrf::cuda::GradientStatisticsTables all{tilings_of(grads, grads.size(), masks), arrays_of(grads), arrays_of(features),

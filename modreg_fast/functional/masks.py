@@ -12,6 +12,10 @@ from modreg_fast import _validate as validate
 
 def spatial_shape(x: Tensor, channel_dim: int) -> tuple[int, ...]:
     shape = list(x.shape)
+    if not isinstance(channel_dim, int) or not -x.dim() < channel_dim < x.dim() or channel_dim == 0:
+        raise ValueError(
+            f"channel_dim must be a dimension of the features {tuple(x.shape)} other than the batch, got {channel_dim}"
+        )
     del shape[channel_dim]
     return tuple(shape[1:])
 
@@ -35,7 +39,9 @@ def resize_mask(mask: Tensor, spatial: Sequence[int]) -> Tensor:
         >>> resize_mask(torch.tensor([[True, True, False, False, False, True]]), (3,))
         tensor([[ True, False,  True]])
     """
-    if tuple(mask.shape[1:]) == tuple(spatial):
+    validate.tensor(mask, "resize_mask", "mask", dtypes=(torch.bool,))
+    spatial = tuple(validate.positive_integer(size, "resize_mask", "spatial") for size in spatial)
+    if tuple(mask.shape[1:]) == spatial:
         return mask
     if mask.dim() != 1 + len(spatial) or not 1 <= len(spatial) <= 3:
         validate.fail(

@@ -30,7 +30,10 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
         tensor(0.)
     """
     validate.tensor(f, "functional_entropy", "f")
-    dim = dim if isinstance(dim, int) else tuple(dim)
+    dims = (dim,) if isinstance(dim, int) else dim
+    if not isinstance(dims, Sequence) or not all(isinstance(d, int) and -f.dim() <= d < f.dim() for d in dims):
+        validate.fail("functional_entropy", "dim", f"one or more of the dimensions of f {validate.shape(f)}", repr(dim))
+    dim = tuple(dims)
     mean = f.mean(dim, keepdim=True)
     ratio = torch.where(f == 0, 1, f / torch.where(mean == 0, 1, mean))
     return (mean * torch.where(f == 0, 1, ratio * ratio.log() - ratio + 1)).mean(dim)
@@ -126,6 +129,8 @@ def penalty_of_mean(
     validate.number(eps, function, "eps")
     counts = count > 0
     mean = torch.where(counts, total / torch.where(counts, count, 1) + eps, 1)
+    if weights is not None and not isinstance(weights, Tensor):
+        weights = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
     w = torch.ones_like(mean[0]) if weights is None else torch.as_tensor(weights, dtype=mean.dtype, device=mean.device)
     if w.shape != total.shape[1:]:
         validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(w))
