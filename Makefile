@@ -28,10 +28,10 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 test: lint $(TESTED) $(STUDIED)  ## linters, type checker, and the tests that are not marked slow
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-test-all: lint $(TESTED) $(STUDIED)  ## the same with the slow tests
-	$(BIN)/python -m pytest -m 'slow or not slow'
+test-all: test  ## the same, then the slow tests, one at a time because of their memory
+	$(BIN)/python -m pytest -m slow
 
 demo: $(READY)  ## train on real data and print the table of the README
 	$(BIN)/modreg-fast demo

@@ -169,7 +169,7 @@ class BuildNative(build_ext):
         try:
             if compiler is None:
                 raise RuntimeError("no C++ compiler was found when it was installed")
-            directory = Path(self.build_temp).absolute() / ext.name
+            directory = Path(self.build_temp).absolute()  # of both extensions: ninja finds the kernels that the other one compiled
             if harness:
                 build_harness(Ninja(directory, compiler), target)
             else:

@@ -1,6 +1,7 @@
 """One fixture for all numeric tests: every backend that is usable here; under Triton's interpreter that one alone."""
 
 import os
+import tempfile
 import warnings
 
 import pytest
@@ -25,6 +26,14 @@ collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 def pytest_report_header() -> str:
     return f"MODREG_FAST_FUZZ_SEED={os.environ.get('MODREG_FAST_FUZZ_SEED', '0')} (test_fuzz.py, test_wrong_calls.py)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton compiles into a folder of this session: whatever earlier ones left, and each kernel once for all files and workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["TRITON_CACHE_DIR"] = folder.name
 
 
 @pytest.fixture(params=BACKENDS)

@@ -4,6 +4,7 @@ Only in a process that was started with ``TRITON_INTERPRET=1``; see test_triton.
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
@@ -12,7 +13,10 @@ from triton.runtime import interpreter
 
 
 def mend() -> None:
-    """A cast to bfloat16 truncates in the interpreter; GPUs round to the nearest, ties to even. And floating point does not warn."""
+    """A cast to bfloat16 truncates in the interpreter; GPUs round to the nearest, ties to even. And floating point does not warn.
+
+    Each function that a kernel calls replaces the builtins of the language once more, half of the interpreter's time. Here the kernel does,
+    for all of them: for those written with ``tl`` and those of Triton's own library, written with ``tl.core``."""
     original = interpreter.InterpreterBuilder.cast_impl
 
     def cast(self, source, target):
@@ -24,6 +28,9 @@ def mend() -> None:
         return original(self, source, target)
 
     interpreter.InterpreterBuilder.cast_impl = cast
+    patch, modules = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda kernel: patch(modules)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **options: self.rewrite()(*args, **options)
     np.seterr(all="ignore")
 
 

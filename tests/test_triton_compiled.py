@@ -25,12 +25,6 @@ PIXELS, BATCH = 4096, 2
 CHANNELS = (1, 2, 19, 64, 150, 256, 999, 1000, 1024)  # with and without padding, one warp for a pixel and several
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    """Compile, whatever earlier runs left."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def tensors(count, channels, dtype, channels_last, pixels=PIXELS):
     if channels_last:
         return [torch.empty(BATCH, pixels, channels, dtype=dtype).mT for _ in range(count)]

@@ -32,14 +32,6 @@ SLOW = [pytest.param(torch.float16, marks=pytest.mark.slow)]
 ARCHITECTURES = [80, 90, pytest.param(100, marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    """Compile, whatever earlier runs left, and each kernel once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 # ---- a launch on a GPU that is not here ----
 
 

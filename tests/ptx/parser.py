@@ -229,6 +229,7 @@ class _FunctionParser:
         return [_variable(_VARIABLE.match(part.strip())) for part in (text or "").split(",") if part.strip()]
 
     def parse(self, text: str, at: int, end: int) -> Function:
+        line, counted = 1, 0
         while at < end:
             if text[at] in "{}":
                 self.scopes.append(_Scope()) if text[at] == "{" else self.scopes.pop()
@@ -246,7 +247,7 @@ class _FunctionParser:
                     self.function.labels[label[1]] = len(self.function.instructions)
             else:
                 stop = text.index(";", at)
-                line = text.count("\n", 0, at) + 1
+                line, counted = line + text.count("\n", counted, at), at
                 statement = " ".join(text[at:stop].split())
                 try:
                     self._statement(statement, line)
