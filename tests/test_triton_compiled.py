@@ -198,3 +198,10 @@ def test_occupancy():
     assert sass.Resources(32, 0, 0).occupancy(90, 1024) == 1.0
     assert sass.Resources(32, 0, 100 * 1024).occupancy(90, 256) == 0.25
     assert sass.Resources(32, 0, 0).occupancy(80, 32) == 0.5  # at most 32 blocks
+
+
+@pytest.mark.parametrize("default", ["0", "1"])
+def test_products_and_sums_are_fused_whatever_the_default(default, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+    kernel = compile_for(gradient_statistics(channels=64), GPUTarget("cuda", 90, 32))
+    assert "fma.rn.f32" in kernel.asm["ptx"]
