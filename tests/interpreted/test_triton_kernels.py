@@ -15,7 +15,7 @@ from modreg_fast.backends.reference.philox import philox4x32, standard_normal
 from modreg_fast.backends.triton import gradient_statistics as statistics
 from modreg_fast.backends.triton import launches, noise
 from modreg_fast.backends.triton import softmax_fisher as fisher
-from modreg_fast.backends.triton.tiles import spread
+from modreg_fast.backends.triton.tiles import channels as channels_of
 from modreg_fast.functional import gradient_statistics, softmax_fisher_information
 
 LAYOUTS = {"pixels": lambda x: x, "channels": lambda x: x.mT.contiguous().mT}
@@ -134,25 +134,26 @@ def test_tiles_hold_all_channels_and_read_whole_sectors(dtype, layout, channels,
 
 @triton.jit
 def _noise_kernel(seed, words, normals, pixels, first, TENSOR: tl.constexpr, DRAW: tl.constexpr, SHAPE: tl.constexpr):
-    sample, p = tl.cast(first, tl.int64), tl.arange(0, SHAPE.block_p)[None, None, :, None]
+    sample, p = tl.cast(first, tl.int64), tl.arange(0, SHAPE.block_p)
     found = noise.philox_words(tl.load(seed), sample, p, pixels, TENSOR, DRAW, SHAPE)
-    at = noise.fours(SHAPE) * SHAPE.block_p + p
+    at = noise.fours(SHAPE) * SHAPE.block_p + p[None, :, None]
     for i in tl.static_range(4):
         tl.store(words + i * (SHAPE.block_c // 4 * SHAPE.block_p) + at, found[i])
     normal = noise.standard_normal(seed, sample, p, pixels, TENSOR, DRAW, SHAPE)
-    tl.store(normals + spread(SHAPE.run, SHAPE) * SHAPE.block_p + p, normal)
+    tl.store(normals + channels_of(SHAPE) * SHAPE.block_p + p[None, :, None], normal)
 
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63 - 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "channels, pixels, sample, held, run",
-    [(1, 3, 0, 4, 4), (19, 33, 1, 8, 4), (8, 50, 2**31, 8, 8), (9, 5, 2, 2, 2), (6, 3, 0, 1, 1)],
+    [(1, 3, 0, 4, 4), (19, 33, 1, 8, 4), (30, 5, 1, 16, 4), (8, 50, 2**31, 8, 8), (9, 5, 2, 2, 2), (6, 3, 0, 1, 1)],
 )
-def test_noise_has_the_bits_of_the_reference(channels, pixels, sample, held, run, seed, wide):
+def test_noise_has_the_bits_of_the_reference(channels, pixels, sample, held, run, layout, seed, wide):
     """The words exactly, for counters past 32 bits too; the normals up to the rounding of log, sine and cosine."""
     block_c, block_p = max(4, launches.power_of_two(channels)), launches.power_of_two(pixels)
-    shape = launches.Shape(channels, False, 1, False, wide, block_c, block_p, held, run)
+    shape = launches.Shape(channels, layout == "channels", 1, False, wide, block_c, block_p, held, run)
     dtype = torch.float64 if wide else torch.float32
     words, normals = torch.empty(4, block_c // 4, block_p, dtype=torch.int32), torch.empty(block_c, block_p, dtype=dtype)
     key = torch.tensor(seed)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from modreg_fast.backends.triton.tiles import spread
+from modreg_fast.backends.triton.tiles import channels
 
 _TURN = tl.constexpr(2.0**-32 * 6.283185307179586)
 
@@ -11,17 +11,17 @@ _TURN = tl.constexpr(2.0**-32 * 6.283185307179586)
 @triton.jit
 def fours(SHAPE: tl.constexpr):
     """Numbers of the blocks of four channels of a tile, where the threads need them; threads that share a block compute it each."""
-    if SHAPE.run >= 4:
-        return spread(SHAPE.run // 4, SHAPE)
+    if SHAPE.channels_last or SHAPE.held >= 4:
+        return channels(SHAPE, 4)
     else:
-        return tl.arange(0, SHAPE.block_c // 4)[None, None, None, :]
+        return tl.arange(0, SHAPE.block_c // 4)[None, None, :]
 
 
 @triton.jit
 def philox_words(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
     """Words 0 to 3 of the counter blocks of a tile: a block per four neighbouring channels, which get one word each."""
     blocks: tl.constexpr = (SHAPE.channels + 3) // 4
-    g = (sample * blocks + fours(SHAPE)) * pixels + p
+    g = (sample * blocks + fours(SHAPE)) * pixels + p[None, :, None]
     high = (g >> 32).to(tl.uint32)
     zero = high ^ high
     return tl.philox(seed, g.to(tl.uint32), high, zero + tensor, zero + draw)
@@ -60,10 +60,11 @@ def standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
     w0, w1, w2, w3 = philox_words(tl.load(seed), sample, p, pixels, tensor, draw, SHAPE)
     n0, n1 = _box_muller(w0, w1, SHAPE)
     n2, n3 = _box_muller(w2, w3, SHAPE)
-    four = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # (..., pixel, lane, c // 2 % 2, c % 2)
-    if SHAPE.run >= 4:
-        shape: tl.constexpr = (SHAPE.held // SHAPE.run, SHAPE.run, SHAPE.block_p, SHAPE.block_c // SHAPE.held)
-        return four.permute(0, 1, 4, 5, 2, 3).reshape(shape)
-    else:  # (1, 1, pixel, channel)
-        by_channel = four.reshape(1, SHAPE.block_p, SHAPE.block_c // SHAPE.held, SHAPE.held)
-        return by_channel.permute(0, 3, 1, 2)
+    four = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # (.., pixels, .., c // 2 % 2, c % 2)
+    LANES: tl.constexpr = SHAPE.block_c // SHAPE.held
+    if SHAPE.channels_last:
+        return four.reshape(SHAPE.held // SHAPE.run, SHAPE.block_p, LANES * SHAPE.run)
+    elif SHAPE.held >= 4:
+        return four.permute(0, 3, 4, 1, 2).reshape(SHAPE.held, SHAPE.block_p, LANES)
+    else:
+        return four.reshape(SHAPE.block_p, LANES, SHAPE.held).permute(2, 0, 1)

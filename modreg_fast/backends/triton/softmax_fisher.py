@@ -24,19 +24,19 @@ from modreg_fast.backends.triton import launches
 from modreg_fast.backends.triton.launches import Launch, Shape
 from modreg_fast.backends.triton.noise import standard_normal
 from modreg_fast.backends.triton.tiles import (
+    channels,
     counting_pixels,
     gathered,
     highest,
     inside_rows,
+    load_all,
     locate,
     number,
     ordered_sum,
     over_channels,
-    pointers,
     programs_of,
-    spread,
+    store_all,
     widened,
-    write,
 )
 
 _MOST_CHANNELS = 2**16
@@ -76,7 +76,7 @@ def _held(present, sample, m, MODALITIES: tl.constexpr):
 
 
 @triton.jit
-def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.constexpr, MODALITIES: tl.constexpr):
+def _read(features, strides, mask, present, sample, p, pixels, SHAPE: tl.constexpr, MODALITIES: tl.constexpr):
     """A tile of every modality, 0 where it is absent; the reference q; which pixels count; the share of a modality in the reference."""
     within = inside_rows(p, pixels, SHAPE)
     counts = counting_pixels(mask, sample, p, within, pixels)
@@ -84,25 +84,23 @@ def _read(features, strides, mask, present, sample, c, p, pixels, SHAPE: tl.cons
     number_held = tl.cast(0.0, tl.float64 if SHAPE.wide else tl.float32)
     for m in tl.static_range(MODALITIES):  # all are on their way before the first is waited for
         has = _held(present, sample, m, MODALITIES)
-        inside = (c < SHAPE.channels) & within & has
-        x = tl.load(pointers(features[m], strides[m], sample, c, p, SHAPE), mask=inside, other=0.0)
-        read = read + (x,)  # type: ignore[assignment]
+        read = read + (load_all(features[m], strides[m], sample, p, within & has, SHAPE),)  # type: ignore[assignment]
         number_held += has.to(number_held.dtype)
     for m in tl.static_range(MODALITIES):
         x = widened(gathered(read[m], SHAPE), SHAPE)
         if SHAPE.block_c != SHAPE.channels:
-            x = tl.where(c < SHAPE.channels, x, _FAR_BELOW)
+            x = tl.where(channels(SHAPE) < SHAPE.channels, x, _FAR_BELOW)
         xs = xs + (x,)  # type: ignore[assignment]
     total = xs[0]  # type: ignore[misc]
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
     share = 1.0 / tl.maximum(number_held, 1.0)
     shifted, e = _softmax(total * share, SHAPE)
-    return xs, e * (1.0 / over_channels(e)), counts, share
+    return xs, e * (1.0 / over_channels(e)), counts[None, :, None], share
 
 
 @triton.jit
-def _draw(x, q, sigma, seed, sample, c, p, pixels, tensor, draw, eps, NOISY: tl.constexpr, SHAPE: tl.constexpr):
+def _draw(x, q, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY: tl.constexpr, SHAPE: tl.constexpr):
     """One draw of one modality: p, log p up to a number per pixel, d = p - q (without noise q - p), N = sum_c d^2, sum_c q log p,
     f + eps."""
     y = x
@@ -142,15 +140,13 @@ def _forward_kernel(
         if (program >= 0) & (program < programs):
             SHAPE: tl.constexpr = SHAPES[s]
             sample, p = locate(program, pixels[s], SHAPE)
-            p = p[None, None, :, None]
-            c = spread(SHAPE.run, SHAPE)
             mask = None if len(masks) == 0 else masks[s]
-            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES)
+            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, p, pixels[s], SHAPE, MODALITIES)
             for m in tl.static_range(MODALITIES):
-                information = tl.zeros(p.shape, q.dtype)
+                information = tl.full((1, SHAPE.block_p, 1), 0.0, q.dtype)
                 for draw in range(samples if NOISY[m] else 1):
                     p_draw, log_p, d, n, q_log_p, f = _draw(
-                        xs[m], q, sigma[m], seed, sample, c, p, pixels[s], m * SCALES + s, draw, eps, NOISY[m], SHAPE
+                        xs[m], q, sigma[m], seed, sample, p, pixels[s], m * SCALES + s, draw, eps, NOISY[m], SHAPE
                     )
                     information += n / f
                 if not NOISY[m]:
@@ -195,7 +191,6 @@ def _derivatives(
     sigma,
     seed,
     sample,
-    c,
     p,
     pixels,
     tensor,
@@ -206,7 +201,7 @@ def _derivatives(
     SHAPE: tl.constexpr,
 ):
     """Of one draw: dI/dX; the bracket in dI/dR, and its sum_c q."""
-    p_draw, log_p, d, n, q_log_p, f = _draw(x, q, sigma, seed, sample, c, p, pixels, tensor, draw, eps, NOISY, SHAPE)
+    p_draw, log_p, d, n, q_log_p, f = _draw(x, q, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY, SHAPE)
     # dI/dX = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
     # J(q) is blind to a number added to all channels, so log p may lack its last term.
     inverse = 1.0 / f
@@ -251,10 +246,8 @@ def _backward_kernel(
         if (program >= 0) & (program < programs):
             SHAPE: tl.constexpr = SHAPES[s]
             sample, p = locate(program, pixels[s], SHAPE)
-            p = p[None, None, :, None]
-            c = spread(SHAPE.run, SHAPE)
             mask = None if len(masks) == 0 else masks[s]
-            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, c, p, pixels[s], SHAPE, MODALITIES)
+            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, p, pixels[s], SHAPE, MODALITIES)
             terms = (tl.maximum(tl.load(valid + s * batch + sample), 1) * samples).to(q.dtype)
             owns, pull, q_pull = (), None, None  # the last two: the bracket in dI/dR over all modalities, and its sum_c q
             for m in tl.static_range(MODALITIES):
@@ -262,7 +255,7 @@ def _backward_kernel(
                 if not NOISY[m]:
                     weight *= samples  # every draw is the same
                 weight = tl.where(_held(present, sample, m, MODALITIES), weight, 0.0)
-                own, to_r, q_to_r = tl.zeros_like(q), tl.zeros_like(q), tl.zeros(p.shape, q.dtype)
+                own, to_r, q_to_r = tl.zeros_like(q), tl.zeros_like(q), tl.full((1, SHAPE.block_p, 1), 0.0, q.dtype)
                 for draw in range(samples if NOISY[m] else 1):
                     more = _derivatives(
                         xs[m],
@@ -271,7 +264,6 @@ def _backward_kernel(
                         sigma[m],
                         seed,
                         sample,
-                        c,
                         p,
                         pixels[s],
                         m * SCALES + s,
@@ -291,12 +283,12 @@ def _backward_kernel(
                 if NOISY[m] or SHAPE.block_c != SHAPE.channels or SHAPE.held == 2:
                     tl.debug_barrier()  # so that no arithmetic of this modality waits, in registers, behind the sums of the next
             q_share = q * share
-            inside = (c < SHAPE.channels) & inside_rows(p, pixels[s], SHAPE)
+            inside = inside_rows(p, pixels[s], SHAPE)
             for m in tl.static_range(MODALITIES):
                 to_x = owns[m] + q_share * (pull - q_pull)  # type: ignore[operator]
                 if mask is not None or present is not None:
                     to_x = tl.where(counts & _held(present, sample, m, MODALITIES), to_x, 0.0)
-                write(to_x, gradients[s][m], gradient_strides[s], sample, c, p, inside, SHAPE)
+                store_all(to_x, gradients[s][m], gradient_strides[s], sample, p, inside, SHAPE)
         program -= programs
 
 

@@ -80,28 +80,101 @@ def write(x, tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def spread(run: tl.constexpr, SHAPE: tl.constexpr):
-    """Numbers from 0 to all channels, or to all groups of them, in the dimensions of a tile that holds all channels::
+def channels(SHAPE: tl.constexpr, DIVISOR: tl.constexpr = 1):
+    """The channels of a tile of all of them, or the groups of ``DIVISOR`` neighbours, in its three dimensions::
 
-        (runs, neighbours in a run, pixels, lanes)        a thread holds the first two of a pixel
+        channels side by side    (runs, pixels, neighbours)    run r holds the neighbours from r times their number on
+        pixels side by side      (held, pixels, lanes)         a lane holds neighbours
 
-    A lane's runs lie ``lanes`` runs apart, so that neighbouring lanes read neighbouring runs."""
-    RUNS: tl.constexpr = SHAPE.held // SHAPE.run
+    A thread holds all of the first dimension, and of the neighbours of a run those that it reads at once."""
+    HELD: tl.constexpr = SHAPE.held // DIVISOR
     LANES: tl.constexpr = SHAPE.block_c // SHAPE.held
-    runs = tl.arange(0, RUNS)[:, None, None, None] * LANES + tl.arange(0, LANES)[None, None, None, :]
-    return runs * run + tl.arange(0, run)[None, :, None, None]
+    if SHAPE.channels_last:
+        WIDTH: tl.constexpr = LANES * SHAPE.run // DIVISOR
+        return tl.arange(0, SHAPE.held // SHAPE.run)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    else:
+        return tl.arange(0, LANES)[None, None, :] * HELD + tl.arange(0, HELD)[:, None, None]
 
 
 @triton.jit
 def over_channels(x):
     """The sum, per pixel."""
-    return tl.sum(tl.sum(tl.sum(x, 0), 0), 1)[None, None, :, None]
+    return tl.sum(tl.sum(x, 0), 1)[None, :, None]
 
 
 @triton.jit
 def highest(x):
     """The maximum, per pixel."""
-    return tl.max(tl.max(tl.max(x, 0), 0), 1)[None, None, :, None]
+    return tl.max(tl.max(x, 0), 1)[None, :, None]
+
+
+@triton.jit
+def _run(r: tl.constexpr, SHAPE: tl.constexpr):
+    """The channels of one run, where they lie side by side."""
+    WIDTH: tl.constexpr = SHAPE.block_c // SHAPE.held * SHAPE.run
+    return (r * WIDTH + tl.arange(0, WIDTH))[None, :]
+
+
+@triton.jit
+def _interleaved(x, y):
+    """Two ``(pixels, neighbours, n)`` to one ``(pixels, neighbours, 2 n)``."""
+    return tl.join(x, y).reshape(x.shape[0], x.shape[1], x.shape[2] * 2)
+
+
+@triton.jit
+def _halves(x):
+    """The inverse of ``_interleaved``."""
+    return tl.split(x.reshape(x.shape[0], x.shape[1], x.shape[2] // 2, 2))
+
+
+@triton.jit
+def load_all(tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
+    """A tile of all channels as it lies in memory, of pixels ``p``; 0 where they are not ``inside`` and past the last channel.
+
+    Channels side by side are read run by run, as tiles of two dimensions: of one with more, versions of Triton choose different
+    dimensions for the lanes of a warp. The compiler joins in registers what threads hold of each."""
+    if SHAPE.channels_last:
+        RUNS: tl.constexpr = SHAPE.held // SHAPE.run
+        parts = ()
+        for r in tl.static_range(RUNS):
+            c = _run(r, SHAPE)
+            at = pointers(tensor, strides, sample, c, p[:, None], SHAPE)
+            x = tl.load(at, mask=(c < SHAPE.channels) & inside[:, None], other=0.0)
+            parts = parts + (x.reshape(x.shape[0], x.shape[1], 1),)  # type: ignore[assignment]
+        for _ in tl.static_range(RUNS.bit_length() - 1):  # to (pixels, neighbours, runs)
+            joined = ()
+            for r in tl.static_range(len(parts) // 2):
+                joined = joined + (_interleaved(parts[r], parts[r + len(parts) // 2]),)  # type: ignore[assignment]
+            parts = joined
+        return parts[0].permute(2, 0, 1)  # type: ignore[misc]
+    else:
+        c = channels(SHAPE)
+        at = pointers(tensor, strides, sample, c, p[None, :, None], SHAPE)
+        return tl.load(at, mask=(c < SHAPE.channels) & inside[None, :, None], other=0.0)
+
+
+@triton.jit
+def store_all(x, tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
+    """The counterpart of ``load_all``."""
+    x = narrowed(x, tensor)
+    if SHAPE.channels_last:
+        RUNS: tl.constexpr = SHAPE.held // SHAPE.run
+        parts = (x.permute(1, 2, 0),)
+        for _ in tl.static_range(RUNS.bit_length() - 1):
+            firsts, seconds = (), ()
+            for r in tl.static_range(len(parts)):
+                one, other = _halves(parts[r])
+                firsts, seconds = firsts + (one,), seconds + (other,)  # type: ignore[assignment]
+            parts = firsts + seconds  # type: ignore[assignment]
+        for r in tl.static_range(RUNS):
+            c = _run(r, SHAPE)
+            at = pointers(tensor, strides, sample, c, p[:, None], SHAPE)
+            part = parts[r].reshape(p.shape[0], c.shape[1])
+            tl.store(at, part, mask=(c < SHAPE.channels) & inside[:, None])
+    else:
+        c = channels(SHAPE)
+        at = pointers(tensor, strides, sample, c, p[None, :, None], SHAPE)
+        tl.store(at, x, mask=(c < SHAPE.channels) & inside[None, :, None])
 
 
 @triton.jit
@@ -112,7 +185,7 @@ def gathered(x, SHAPE: tl.constexpr):
     if SHAPE.channels_last:
         return x
     else:
-        one, other = tl.split(tl.broadcast_to(x[:, :, :, :, None], x.shape + (2,)))
+        one, other = tl.split(tl.broadcast_to(x[:, :, :, None], x.shape + (2,)))
         return one
 
 
