@@ -2,10 +2,11 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
@@ -43,8 +44,23 @@ def evaluating(model: Model) -> Iterator[None]:
             module.training = mode
 
 
-def batches(model: Model, data: Data, function: str, progress: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    """The pairs ``(inputs, target)`` of ``data``, on the device of the model's parameters, under a progress bar on stderr."""
+def batches(
+    model: Model,
+    data: Data,
+    function: str,
+    progress: bool,
+    modalities: Sequence[str] | None = None,
+    *,
+    target: Callable[[Any], Any] | None = None,
+    argument: str = "modalities",
+    allow_absent: bool = False,
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The pairs ``(inputs, target)`` of ``data`` that hold a sample, on the device of the model's parameters, under a progress bar on
+    stderr. Every batch lists its keys in the order of the first, and has all of ``modalities`` (default: all keys) unless
+    ``allow_absent``; ``target`` picks what counts out of the targets. The tensors are detached: what is done to them as autograd sees
+    it is not done to those of the user."""
+    if target is not None and not callable(target):
+        validate.fail(function, "target", "a function of what the data holds as target", type(target).__name__, TypeError)
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     shown: Iterable[Any] = data
     if not isinstance(data, Iterable):
@@ -56,23 +72,58 @@ def batches(model: Model, data: Data, function: str, progress: bool) -> Iterator
         console = Console(stderr=True)
         total = length_hint(data) or None
         shown = track(data, function, total=total, console=console, transient=True, disable=not console.is_terminal)
+    device = None if parameter is None else parameter.device
+    order: dict[str, None] = {}  # of all keys, as they first came
+    seen: set[str] = set()
     empty = True
-    for batch in shown:
-        empty = False
+    for i, batch in enumerate(shown):
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Mapping):
             expected = "pairs (inputs, target) with inputs a mapping from modality to tensor"
             kinds = f" of {', '.join(type(x).__name__ for x in batch)}" if isinstance(batch, tuple | list) else ""
             validate.fail(function, "data", expected, f"a {type(batch).__name__}{kinds}", TypeError)
-        inputs, target = batch
-        yield (dict(inputs), target) if parameter is None else (_moved(dict(inputs), parameter), _moved(target, parameter))
+        inputs, held = batch
+        given = {name for name, x in inputs.items() if x is not None}
+        names = modalities or tuple(order or inputs)
+        if not allow_absent and (lacking := [name for name in names if name not in given]):
+            if i == 0 and modalities is not None:
+                validate.fail(
+                    function, argument, f"keys of the inputs, {_listed(inputs)}", f"{lacking[0]!r}, which batch 0 lacks"
+                )
+            expected = f"batches with {_listed(names)} each (else allow_absent=True)"
+            validate.fail(function, "data", expected, f"batch {i} without {lacking[0]!r}")
+        if not allow_absent and modalities is None and (more := [name for name in inputs if name not in names]):
+            validate.fail(function, "data", f"batches with {_listed(names)} each, as batch 0", f"batch {i} with {more[0]!r}")
+        order |= dict.fromkeys(inputs)
+        seen |= given
+        sizes = [len(x) for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 0]
+        if sizes and max(sizes) == 0:
+            continue
+        empty = False
+        held = prepared(held, device)
+        yield {name: prepared(inputs[name], device) for name in order if name in inputs}, held if target is None else target(held)
     if empty:
-        validate.fail(function, "data", "at least one batch", "none (an iterator that was used before?)")
+        validate.fail(function, "data", "at least one batch", "none with a sample (an iterator that was used before?)")
+    if modalities is not None and (unseen := [name for name in modalities if name not in seen]):
+        validate.fail(function, argument, f"keys of the inputs, {_listed(sorted(seen))}", f"{unseen[0]!r}, which no batch has")
 
 
-def _moved(x: Any, parameter: Tensor) -> Any:
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def prepared(x: Any, device: torch.device | None) -> Any:
+    """The tensors of ``x``, also in mappings, lists and tuples, detached and on the device. Those that were made in inference mode are
+    copied where gradients are wanted, which may not be traced through them."""
+    if isinstance(x, Tensor):
+        x = x.detach().to(device)
+        return x.clone() if x.is_inference() and torch.is_grad_enabled() else x
     if isinstance(x, Mapping):
-        return {key: _moved(value, parameter) for key, value in x.items()}
-    return x.to(parameter.device) if isinstance(x, Tensor) else x
+        return {key: prepared(value, device) for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(prepared(value, device) for value in x))
+    if isinstance(x, tuple | list):
+        return type(x)(prepared(value, device) for value in x)
+    return x
 
 
 def name_of(x: object, otherwise: str) -> str:
@@ -82,9 +133,9 @@ def name_of(x: object, otherwise: str) -> str:
 
 
 def rendered(*parts: "RenderableType") -> str:
-    """Tables and text of rich as plain text."""
+    """Tables and text of rich as plain text. Names are shown as they are: no markup, no emoji."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=1000, color_system=None, highlight=False)
+    console = Console(file=io.StringIO(), width=1000, color_system=None, highlight=False, markup=False, emoji=False)
     console.print(*parts, sep="\n")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]

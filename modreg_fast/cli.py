@@ -1,7 +1,6 @@
 """The command ``modreg-fast``. Exit codes: 0 done, 1 failed (the message says why), 2 wrong arguments."""
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 import modreg_fast
-from modreg_fast import bench, parity
+from modreg_fast import _output, bench, parity
 from modreg_fast.audit import command as audit
 
 NEXT = """what next:
@@ -65,16 +64,20 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    if not (sys.argv[1:] if arguments is None else arguments):
-        usable = ", ".join(name for name, status in modreg_fast.backends().items() if status.available)
-        print(f"modreg_fast {modreg_fast.__version__}, torch {torch.__version__}; usable here: {usable}\n\n{NEXT}")
-        return 0
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except KeyboardInterrupt:
-        print("modreg-fast: interrupted", file=sys.stderr)
-        return 130
+    with _output.any_terminal():
+        try:
+            if not (sys.argv[1:] if arguments is None else arguments):
+                usable = ", ".join(name for name, status in modreg_fast.backends().items() if status.available)
+                print(f"modreg_fast {modreg_fast.__version__}, torch {torch.__version__}; usable here: {usable}\n\n{NEXT}")
+                return 0
+            options = _parser().parse_args(arguments)
+            return int(options.run(options))
+        except KeyboardInterrupt:
+            print("modreg-fast: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # of stdout, such as by head
+            _output.silence(sys.stdout)
+            return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,7 +159,7 @@ def _info(options: argparse.Namespace) -> int:
     backends = modreg_fast.backends()
     if options.json:
         statuses = {name: {"available": status.available, "detail": status.detail} for name, status in backends.items()}
-        print(json.dumps({**versions, "threads": torch.get_num_threads(), "backends": statuses}, indent=2))
+        print(_output.to_json({**versions, "threads": torch.get_num_threads(), "backends": statuses}), end="")
         return 0
     for name, version in versions.items():
         print(f"{name:<12} {version}")
@@ -175,17 +178,26 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"modreg-fast demo: needs the package {error.name}: pip install 'modreg_fast[examples]'", file=sys.stderr)
         return 1
     try:
-        results = demo.run(options.output, seeds=options.seeds or (1 if options.quick else 3), quick=options.quick)
+        _output.folder(options.output)
     except OSError as error:
         print(f"modreg-fast demo: {error}", file=sys.stderr)
         return 1
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return 0
+    measured = demo.run(seeds=options.seeds or (1 if options.quick else 3), quick=options.quick)
+
+    def show() -> None:
+        if options.json:
+            print(_output.to_json(measured.results), end="", flush=True)
+        else:
+            demo.report.show(measured.results, console)
+
+    def save() -> None:
+        measured.save(options.output)
+        if not options.json:
+            told = f"\n{measured.results['seconds']:.0f} seconds. The pictures and results.json are in {options.output}/"
+            console.print(told, highlight=False, markup=False, emoji=False)
+
     console = Console()
-    demo.report.show(results, console)
-    console.print(f"\n{results['seconds']:.0f} seconds. The pictures and results.json are in {options.output}/", highlight=False)
-    return 0
+    return _output.deliver("modreg-fast demo", show, save)
 
 
 if __name__ == "__main__":

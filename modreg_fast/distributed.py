@@ -1,11 +1,14 @@
-"""Sums and means over the ranks of a process group, differentiable; samples of all ranks; modules that hold a group."""
+"""Sums and means over the ranks of a process group, differentiable; results of all ranks; modules that hold a group."""
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Grouped(nn.Module):
@@ -57,13 +60,24 @@ def mean_over_parts(mean: Tensor, count: Tensor, group: "dist.ProcessGroup | Non
     return total / pixels.clamp(min=1), pixels
 
 
-def gather_samples(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """``(*, B)`` of all ranks of ``group``, one after the other; ``x`` itself without a group. Without gradients; B may differ."""
+def on_all_ranks(work: Callable[[], T], group: "dist.ProcessGroup | None", function: str) -> list[T]:
+    """What ``work`` returns on every rank of ``group``. Where it fails on one, all raise an error, so that none waits for the others."""
     if group is None:
-        return x
-    parts: list[Tensor] = [x] * group.size()
-    dist.all_gather_object(parts, x, group=group)
-    return torch.cat(parts, -1)
+        return [work()]
+    mine: T | Exception
+    try:
+        mine = work()
+    except Exception as error:
+        mine = error
+    told = RuntimeError(f"{type(mine).__name__}: {mine}") if isinstance(mine, Exception) else mine  # an error need not pickle
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, told, group=group)
+    if isinstance(mine, Exception):
+        raise mine
+    for rank, found in enumerate(everyone):
+        if isinstance(found, Exception):
+            raise RuntimeError(f"{function}: rank {rank} of the process group failed: {found}")
+    return everyone
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
+from math import isnan
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
 from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, name_of, rendered
+from modreg_fast._output import plain, printable
 
 __all__ = ["MissingModalities", "evaluate_missing", "without"]
 
@@ -58,8 +60,9 @@ class MissingModalities:
 
     @property
     def worst(self) -> Subset:
-        """The subset with the worst score."""
-        return (min if self.higher_is_better else max)(self.scores, key=self.scores.__getitem__)
+        """The subset with the worst score; NaN is worse than any number."""
+        sign = 1 if self.higher_is_better else -1
+        return min(self.scores, key=lambda subset: (not isnan(x := self.scores[subset]), sign * x))
 
     @property
     def lost(self) -> dict[Subset, float]:
@@ -67,8 +70,20 @@ class MissingModalities:
         sign = 1 if self.higher_is_better else -1
         return {subset: sign * (self.full - score) for subset, score in self.scores.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers in plain types, ready for JSON and trackers: the subsets as lists of names, None in place of NaN."""
+        told = {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "scores": [{"given": list(subset), "score": x} for subset, x in self.scores.items()],
+            "mean": self.mean,
+            "std": self.std,
+            "worst": list(self.worst),
+        }
+        return cast(dict[str, Any], plain(told))
+
     def table(self) -> str:
-        """For printing: a row per subset, then mean, standard deviation and the worst subset."""
+        """For printing: a row per subset, then mean, standard deviation and the worst subset. In signs that stdout has."""
         with extra("MissingModalities.table"):
             from rich import box
             from rich.table import Table
@@ -82,7 +97,7 @@ class MissingModalities:
         for subset, score in self.scores.items():
             marks = ("●" if m in subset else "·" for m in modalities)
             table.add_row(*marks, _digits(score), "" if subset == modalities else _digits(self.lost[subset]))
-        return rendered(table, f"worst: {' + '.join(self.worst)}, {_digits(self.scores[self.worst])}")
+        return printable(rendered(table, f"worst: {' + '.join(self.worst)}, {_digits(self.scores[self.worst])}"))
 
 
 def evaluate_missing(
@@ -91,8 +106,10 @@ def evaluate_missing(
     metric: Any,
     *,
     modalities: Sequence[str] | None = None,
+    target: Callable[[Any], Any] | None = None,
     drop: Drop = "zeros",
     higher_is_better: bool | None = None,
+    allow_absent: bool = False,
     progress: bool = True,
 ) -> MissingModalities:
     """Evaluates a model with every non-empty subset of its modalities, the others dropped.
@@ -103,22 +120,27 @@ def evaluate_missing(
     Args:
         model: module or function, called with the inputs ``{modality: tensor}``. For a module with another signature a function:
             ``lambda x: net(x["rgb"], x["depth"])``; in that case ``net.eval()`` is yours to call.
-        data: pairs ``(inputs, target)``, such as a ``DataLoader``.
+        data: pairs ``(inputs, target)``, such as a ``DataLoader``. Modalities go by their names, in whatever order a batch lists them.
+            Batches without a sample are left out.
         metric: a torchmetrics ``Metric``, updated batch by batch (a copy per subset, the given one stays untouched); or a function
-            ``(predictions, targets) -> number``, called once per subset with all batches concatenated, on the CPU. What
-            the model returns goes to the metric as it is.
-        modalities: the keys of the inputs that count; default all.
+            ``(predictions, targets) -> number``, called once per subset with all batches concatenated, on the CPU: images of
+            different sizes as one row of pixels, ``(1, K, P)`` and ``(1, P)``. What the model returns goes to the metric as it is.
+        modalities: the keys of the inputs that count; default those of the first batch.
+        target: what ``metric`` gets of the targets: ``lambda held: held["mask"]`` where these are dicts; default all.
         drop: what takes the place of a dropped modality: ``"zeros"``; ``"noise"``, standard normal, drawn anew per batch from a fixed
             seed, the same in all subsets; or a function ``(modality, tensor) -> tensor``, where None leaves the key out. Zeros and
             noise suit inputs that are normalised to mean 0 and deviation 1.
         higher_is_better: for the worst subset and for what is lost; default that of the torchmetrics metric, else True.
+        allow_absent: whether a batch may lack a modality (no key, or None), else an error. The model is then called without it in every
+            subset, so that all scores are of the same samples.
         progress: show a progress bar on stderr (needs rich).
 
     Returns:
-        :class:`MissingModalities`: ``scores``, ``mean`` and ``std`` over the subsets, ``worst``, ``lost``, ``table()``.
+        :class:`MissingModalities`: ``scores``, ``mean`` and ``std`` over the subsets, ``worst``, ``lost``, ``table()``,
+        ``to_dict()``.
 
     Raises:
-        ValueError, TypeError: data without pairs or without the modalities, a metric that gives no single number.
+        ValueError, TypeError: data without pairs, a batch without one of the modalities, a metric that gives no single number.
 
     Example:
         >>> data = [({"rgb": torch.ones(4, 2), "depth": torch.zeros(4, 2)}, torch.tensor([1, 1, 1, 0]))]
@@ -135,14 +157,19 @@ def evaluate_missing(
         validate.fail(function, "metric", "a torchmetrics metric or a function", type(metric).__name__, TypeError)
     if higher_is_better is None:
         higher_is_better = getattr(metric, "higher_is_better", None) is not False
+    names = None if modalities is None else validate.sequence(modalities, function, "modalities")
     collected: dict[Subset, Any] = {}
     generator = torch.Generator().manual_seed(0)
     with evaluating(model), torch.no_grad():
-        for inputs, target in batches(model, data, function, progress):
-            for subset, given in without(inputs, modalities, drop, generator):
+        for inputs, wanted in batches(model, data, function, progress, names, target=target, allow_absent=allow_absent):
+            if names is None:
+                names = tuple(inputs)
+            elif modalities is None and (more := [name for name in inputs if name not in names]):
+                validate.fail(function, "modalities", "given where the first batch lacks some", f"a later batch with {more[0]!r}")
+            for subset, given in without(inputs, names, drop, generator, allow_absent=allow_absent):
                 if subset not in collected:
                     collected[subset] = _copied(metric, inputs) if streaming else _Whole(metric)
-                collected[subset].update(model(given), target)
+                collected[subset].update(model(given), wanted)
         scores = {subset: _number(collector.compute(), function) for subset, collector in collected.items()}
     return MissingModalities(name_of(metric, "score"), scores, higher_is_better)
 
@@ -152,14 +179,13 @@ def without(
     modalities: Sequence[str] | None = None,
     drop: Drop = "zeros",
     generator: torch.Generator | None = None,
+    *,
+    allow_absent: bool = False,
 ) -> Iterator[tuple[Subset, dict[str, Any]]]:
     """Every subset as in :func:`evaluate_missing`, with the inputs in which the others are dropped."""
-    function = "evaluate_missing"
-    names = tuple(inputs) if modalities is None else tuple(validate.sequence(modalities, function, "modalities"))
-    for name in names:
-        if name not in inputs:
-            validate.fail(function, "modalities", f"keys of the inputs, {', '.join(map(repr, inputs))}", repr(name))
-    dropped = {name: _dropped(name, inputs[name], drop, generator) for name in names}
+    names = tuple(inputs) if modalities is None else tuple(modalities)
+    present = [name for name in names if not (allow_absent and inputs.get(name) is None)]
+    dropped = {name: _dropped(name, inputs[name], drop, generator) for name in present}
     sizes = range(len(names), 0, -1) if len(names) <= EXHAUSTIVE else (len(names), len(names) - 1, 1)
     for size in sizes:
         for subset in combinations(names, size):
@@ -201,8 +227,19 @@ class _Whole:
         self.seen.append((predictions.cpu(), target.cpu()))
 
     def compute(self) -> Any:
-        predictions, targets = zip(*self.seen, strict=True)
+        predictions, targets = (list(x) for x in zip(*self.seen, strict=True))
+        if any(len({x.shape[1:] for x in tensors}) > 1 for tensors in (predictions, targets)):
+            ranks = {p.dim() - t.dim() for p, t in self.seen}
+            same = ranks == {0} and all(len({x.shape[1] for x in tensors}) == 1 for tensors in (predictions, targets))
+            predictions = [_row(x, channels=same or ranks == {1}) for x in predictions]
+            targets = [_row(x, channels=same) for x in targets]
+            return self.metric(torch.cat(predictions, -1), torch.cat(targets, -1))
         return self.metric(torch.cat(predictions), torch.cat(targets))
+
+
+def _row(x: Tensor, channels: bool) -> Tensor:
+    """The pixels of all samples in a row: ``(1, C, P)``, or ``(1, P)``."""
+    return x.movedim(1, -1).reshape(1, -1, x.shape[1]).mT if channels else x.reshape(1, -1)
 
 
 def _copied(metric: Any, inputs: Mapping[str, Any]) -> Any:

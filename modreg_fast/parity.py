@@ -4,7 +4,6 @@
 backend gets. Needs rich for its table."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modreg_fast import functional
+from modreg_fast._output import to_json
 from modreg_fast.backends import backends, resolve
 
 # Allowed, in values and in gradients. In 16 bits a gradient is rounded once more: by half a unit in the last place.
@@ -171,7 +171,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         report: dict[str, Any] = {"backend": options.backend, "detail": status.detail, "device": str(device)}
         rows = [{**asdict(result), "passed": result.passed} for result in results]
-        print(json.dumps({**report, "passed": not failed, "results": rows}, indent=2))
+        print(to_json({**report, "passed": not failed, "results": rows}), end="")
     else:
         _print(options.backend, status.detail, device, results)
     return 1 if failed else 0

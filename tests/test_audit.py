@@ -110,7 +110,9 @@ def test_who_is_not_heard():
     assert result.model == "a function"
     assert result.share["rgb"] == (1, 1, 1) and result.share["depth"] == (0, 0, 0)
     assert result.information["depth"][0].mean == 0
-    assert result.verdict.startswith("rgb carries 100 % [100, 100] of the decision. Losing rgb costs most: accuracy ")
+    assert result.verdict.startswith(
+        "rgb carries 100 % [100, 100] of the decision, measured at the inputs. Losing rgb costs most: accuracy "
+    )
     assert result.missing.lost["rgb",] == 0
 
 
@@ -220,7 +222,7 @@ def test_estimates_leave_out_nan():
         ({"model": lambda x: x["rgb"][:, :3], "features": {"rgb": "x"}}, TypeError, "model must be a torch.nn.Module when"),
         ({"features": {"rgb": "rgb", "depth": "zzz"}}, ValueError, "'zzz', which matches none"),
         ({"features": {"rgb": ["rgb", ""], "depth": "depth"}}, ValueError, "same number of scales .*'rgb': 2, 'depth': 1"),
-        ({"features": {"rgb": "rgb", "lidar": "depth"}}, ValueError, "modalities in the inputs, 'rgb', 'depth', got 'lidar'"),
+        ({"features": {"rgb": "rgb", "lidar": "depth"}}, ValueError, "keys of the inputs, 'rgb', 'depth', got 'lidar'"),
         (
             {"data": [({"text": torch.ones(2, 3).long()}, 0)]},
             TypeError,
@@ -234,7 +236,7 @@ def test_estimates_leave_out_nan():
         (
             {"model": lambda x: x["rgb"][:, :1] + x["depth"][:, :1], "loss": lambda s, y: s[:, 0] ** 2},
             ValueError,
-            "metric must be given",
+            "target must be a class of the scores, 0 to 1, or -100 .ignore_index., got 2",
         ),
         (
             {"data": [(x, torch.full_like(y, -100)) for x, y in vectors()]},

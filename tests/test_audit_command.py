@@ -1,13 +1,19 @@
 """``modreg-fast audit``: the user's model and data by name, exit codes, messages."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from auditing import Page
 
 from modreg_fast import cli
+from modreg_fast.audit import Audit
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 MODULE = """
 import torch
@@ -80,7 +86,9 @@ def test_command(project, capsys):
         (["--model", "mine.check:number"], "module 'mine.check' has no function 'number'"),
         (["--features", "a=c"], r"modules\['a'\] must be names of modules, got 'c'"),
         (["--data", "mine.check:once"], "readable twice"),
-        (["--html", "nowhere/page.html"], "nowhere/page.html"),
+        (["--html", "nowhere/page.html"], "nowhere/page.html cannot be written: there is no folder nowhere"),
+        (["--plot", "nowhere/plot.png"], "nowhere/plot.png cannot be written: there is no folder nowhere"),
+        (["--html", "mine"], "mine is a folder, not a file"),
     ],
 )
 def test_command_fails_with_a_message(project, arguments, message, capsys):
@@ -104,6 +112,8 @@ def test_command_shows_where_the_users_own_code_failed(project):
         ([*GIVEN, "--model", "mine:a.b"], "expected MODULE:NAME"),
         ([*GIVEN, "--features", "rgb"], "expected MODALITY=MODULE"),
         ([*GIVEN, "--features", "rgb=a,,b"], "expected MODALITY=MODULE"),
+        ([*GIVEN, "--plot", "plot.jpgg"], "expected a name that ends in .eps, "),
+        ([*GIVEN, "--baseline", "median"], "invalid choice"),
         (["audit", "--help"], None),
     ],
 )
@@ -115,3 +125,72 @@ def test_command_wrong_arguments(arguments, message, capsys):
         assert stop.value.code == 0 and "examples:" in printed.out and "def loader():" in printed.out
     else:
         assert stop.value.code == 2 and message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--features", "a=a", "--features", "a=b", "--features", "b=b"], "--features a= is given twice"),
+        (["--html", "a.png", "--plot", "a.png"], "--html and --plot are both a.png"),
+    ],
+)
+def test_arguments_that_do_not_fit_each_other(project, arguments, message, capsys):
+    assert cli.main([*GIVEN, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and message in printed.err
+
+
+def test_what_cannot_be_written_is_said_before_the_work(project, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["modreg_fast.audit.measure"], "audit", lambda *args, **options: pytest.fail("it measured"))
+    assert cli.main([*GIVEN, "--html", "nowhere/page.html"]) == 1
+    assert cli.main([*GIVEN, "--baseline", "mean", "--plot", "nowhere/plot"]) == 1
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no latex"))
+    )
+    with pytest.raises(RuntimeError, match="no latex"):
+        cli.main([*GIVEN, "--plot", "plot.pgf"])
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_a_terminal_without_our_signs(project, encoding):
+    """All is printed, and what was given is told from what was not."""
+    (project / "mine" / "check.py").write_text(MODULE.replace('"a"', '"α"').replace("self.a", "self.alpha"))
+    command = [sys.executable, "-m", "modreg_fast.cli", *GIVEN, "--html", "page.html"]
+    done = subprocess.run(command, capture_output=True, env={**ENVIRONMENT, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and done.stderr == b""
+    text = done.stdout.decode(encoding)
+    empty = "·" if encoding != "ascii" else "."
+    assert [line.split()[:2] for line in text.splitlines() if line.split()[:1] in (["x"], [empty])] == [
+        ["x", "x"],
+        ["x", empty],
+        [empty, "x"],
+    ]
+    assert "\\u03b1" in text and "+-" in text.replace("±", "+-") and "α" in (project / "page.html").read_text(encoding="utf-8")
+    code = "import modreg_fast as mrf, mine.check as m; print(mrf.audit(m.build(), m.loader(), progress=False).table())"
+    assert subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONIOENCODING": encoding}).returncode == 0
+
+
+def test_stdout_that_takes_nothing(project):
+    """The reader of a pipe has left, or a full disk: the files are written all the same."""
+    command = [sys.executable, "-m", "modreg_fast.cli", *GIVEN, "--html", "page.html"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == "" and (project / "page.html").exists()
+    if os.path.exists("/dev/full"):
+        (project / "page.html").unlink()
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode in (1, 120) and "modreg-fast audit: [Errno 28]" in done.stderr and (project / "page.html").exists()
+
+
+def test_a_file_that_fails_does_not_cost_the_others(project, capsys, monkeypatch):
+    def fail(*args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Audit, "to_html", fail)
+    assert cli.main([*GIVEN, "--html", "page.html", "--plot", "plot"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("a carries ") and printed.err == "modreg-fast audit: the disk is full\n"
+    assert (project / "plot.png").read_bytes().startswith(b"\x89PNG") and not (project / "page.html").exists()

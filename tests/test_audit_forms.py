@@ -1,6 +1,8 @@
 """audit as sentence, table, JSON, picture and page; the page in a browser."""
 
+import copy
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -30,17 +32,60 @@ def made(share, scores=None, count=2) -> Audit:
 
 def test_verdict():
     clear = made({"depth": (0.09, 0.06, 0.12), "rgb": (0.91, 0.88, 0.94)})
-    assert clear.verdict == "rgb carries 91 % [88, 94] of the decision. Losing depth costs most: mIoU 0.8 becomes 0.4."
+    assert clear.verdict == (
+        "rgb carries 91 % [88, 94] of the attribution at the inputs. Losing depth costs most: mIoU 0.8 becomes 0.4. "
+        "The scores do not bear this out: losing rgb costs 0.3, losing depth 0.4."
+    )
+    borne_out = replace(
+        clear, missing=mrf.MissingModalities("mIoU", {("depth", "rgb"): 0.8, ("depth",): 0.3, ("rgb",): 0.7}, True)
+    )
+    assert borne_out.verdict == (
+        "rgb carries 91 % [88, 94] of the decision, measured at the inputs. Losing rgb costs most: mIoU 0.8 becomes 0.3."
+    )
     even = made({"a": (0.48, 0.43, 0.52), "b": (0.52, 0.48, 0.57)}, {("a", "b"): 0.7, ("a",): 0.8, ("b",): 0.7})
-    assert even.verdict == "No modality dominates: b carries 52 % [48, 57], a carries 48 % [43, 52] of the decision."
+    assert (
+        even.verdict
+        == "No modality dominates: b carries 52 % [48, 57], a carries 48 % [43, 52] of the decision, measured at the inputs."
+    )
     lower = replace(even, missing=mrf.MissingModalities("RMSE", {("a", "b"): 1.0, ("a",): 3.0, ("b",): 2.0}, False))
     assert lower.verdict.endswith("Losing b costs most: RMSE 1 becomes 3.")
+
+
+@pytest.mark.parametrize(
+    ("costs", "agrees"),
+    [
+        ((0.4, 0.1), True),
+        ((0.4, 0.2), True),
+        ((0.071, 0.060), False),  # about the same, where the shares say three times as much
+        ((0.1, 0.4), False),
+        ((0.0, -0.1), False),  # nothing is lost with what carries most
+        ((float("nan"), 0.1), True),
+        ((0.1, float("nan")), False),
+    ],
+)
+def test_a_share_is_the_decision_only_where_the_scores_agree(costs, agrees):
+    scores = {("rgb", "depth"): 0.8, ("depth",): 0.8 - costs[0], ("rgb",): 0.8 - costs[1]}
+    result = made({"rgb": (0.75, 0.7, 0.8), "depth": (0.25, 0.2, 0.3)}, scores)
+    assert ("of the decision" in result.verdict) == agrees == (result.disagreement == "")
+    assert agrees or "of the attribution at the inputs" in result.verdict
+    assert "at the features less their mean" in replace(result, measured_at="features", baseline="mean").verdict
+
+
+def test_a_share_is_not_the_decision_where_the_scales_disagree():
+    scores = {("rgb", "depth"): 0.8, ("depth",): 0.2, ("rgb",): 0.7}
+    result = made({"rgb": (0.75, 0.7, 0.8), "depth": (0.25, 0.2, 0.3)}, scores)
+    high, low = Estimate(0.75, 0.7, 0.8), Estimate(0.25, 0.2, 0.3)
+    other = replace(result, share_by_scale={"rgb": [high, low], "depth": [low, high]})
+    assert "of the decision" in result.verdict and "of the decision" not in other.verdict
+    assert other.verdict.endswith("The scales disagree: rgb leads at 1, depth leads at 2.")
+    nothing = Estimate(*[float("nan")] * 3)  # no valid position at the second scale
+    assert replace(result, share_by_scale={"rgb": [high, nothing], "depth": [low, nothing]}).disagreement == ""
 
 
 def test_table():
     text = made({"rgb": (0.91, 0.88, 0.94), "depth": (0.09, 0.06, 0.12)}).table()
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[0].startswith("rgb carries 91 % [88, 94] of the decision.")
+    assert lines[0].startswith("rgb carries 91 % [88, 94] of the attribution at the inputs.")
     assert (
         "all rgb 91 % [88, 94]" in lines
         and "depth 9 % [6, 12]" in lines
@@ -75,6 +120,73 @@ def test_page(tmp_path):
     for m in SPEC:
         mean, _, interval = f"{100 * result.share[m].mean:.0f} %", None, result.share[m]
         assert f"{m} {mean} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]" in words
+
+
+NAN = float("nan")
+
+
+def test_nan_is_null_in_json_and_said_elsewhere():
+    """A scale without a valid position, and a score that is not defined."""
+    scores = {("rgb", "depth"): 0.8, ("rgb",): NAN, ("depth",): 0.7}
+    nothing = Estimate(NAN, NAN, NAN)
+    result = made({"rgb": (0.9, 0.8, 0.95), "depth": (0.1, 0.05, 0.2)}, scores)
+    shares = {m: [row[0], nothing] for m, row in result.share_by_scale.items()}
+    result = replace(
+        result, share_by_scale=shares, information={m: [x, nothing] for m in shares for x in result.information[m][:1]}
+    )
+    told = json.loads(result.to_json(), parse_constant=lambda constant: pytest.fail(constant))
+    assert told["share_by_scale"]["rgb"][1] == {"mean": None, "low": None, "high": None}
+    assert told["missing"]["mean"] is None and told["missing"]["worst"] == ["rgb"]
+    assert json.loads(json.dumps(result.missing.to_dict(), allow_nan=False))["scores"][1] == {"given": ["rgb"], "score": None}
+    assert "Losing depth costs most: mIoU 0.8 becomes nan." in result.verdict
+    lines = [" ".join(line.split()) for line in result.table().splitlines()]
+    assert "2 rgb n/a n/a" in lines and "worst: rgb, nan" in lines
+    page = Page(result.to_html())
+    assert "nan%" not in result.to_html() and "n/a" in " ".join(page.words).split()
+    assert result.plot().axes
+
+
+@pytest.mark.parametrize("turn", [dict, lambda x: dict(reversed(x.items()))])
+@pytest.mark.parametrize("higher", [True, False])
+def test_nan_is_the_worst(turn, higher):
+    result = mrf.MissingModalities("F1", turn({("a", "b"): 0.5, ("a",): NAN, ("b",): 0.9}), higher)
+    assert result.worst == ("a",)
+
+
+@pytest.mark.parametrize(
+    "names", [("depth[m]", "radar[/dB]"), ("cost $5", "gain $6"), ("_rgb", "__depth"), ("<b>", "深度"), (":dog:", "a\\[b]")]
+)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_are_shown_as_they_are(names, tmp_path):
+    result = made({names[0]: (0.9, 0.8, 0.95), names[1]: (0.1, 0.05, 0.2)})
+    table = result.table()
+    assert all(table.count(name) >= 5 for name in names)
+    figure = result.plot()
+    figure.savefig(tmp_path / "plot.svg")
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == list(names)
+    ticks = figure.axes[2].get_yticklabels()
+    assert [text.get_text() for text in ticks][0] == " + ".join(names) and not any(text.get_parse_math() for text in ticks)
+    assert all(name in "".join(Page(result.to_html()).words) for name in names)
+
+
+def test_results_can_be_kept():
+    result = audit(Images(), images(), SPEC, ignore_index=255)
+    for other in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert other.to_json() == result.to_json() and other.missing == result.missing
+        assert (other.examples[0].shares == result.examples[0].shares).all()
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False)) == json.loads(result.to_json()) == result.to_dict()
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    result = made({"rgb": (0.9, 0.8, 0.95), "depth": (0.1, 0.05, 0.2)})
+    for write, name in ((result.to_json, "a.json"), (result.to_html, "a.html")):
+        (tmp_path / name).write_text("old")
+        assert write(tmp_path / name) == (tmp_path / name).read_text(encoding="utf-8")
+        with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+            write(tmp_path / "nowhere" / name)
+        with pytest.raises(IsADirectoryError):
+            write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json"]
 
 
 def test_page_escapes_names():

@@ -57,6 +57,12 @@ def test_pictures_of_inputs(channels):
     assert not examples._picture(torch.full((channels, 2, 2), 3.0)).any()  # nothing to spread
 
 
+def test_picture_of_a_large_input():
+    """More values than torch.quantile takes, in three channels."""
+    picture = examples._picture(torch.arange(3 * 2400 * 2400, dtype=torch.float32).reshape(3, 2400, 2400))
+    assert picture.shape == (2400, 2400, 3) and picture.min() == 0 and picture.max() == 255
+
+
 @pytest.mark.parametrize("image", [(8, 8), (8, 12), (9, 13), (32, 28)])
 @pytest.mark.parametrize("before", [0, 1, 5])
 def test_tokens_are_patches_of_the_image(image, before):

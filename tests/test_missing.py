@@ -1,6 +1,7 @@
 """evaluate_missing: the right subsets, inputs and statistics; metrics of both kinds agree."""
 
 import sys
+from collections import namedtuple
 from itertools import combinations
 
 import numpy as np
@@ -284,3 +285,104 @@ def test_without_rich(monkeypatch):
     result = mrf.evaluate_missing(binary_code, GOOD, mean, progress=False)
     with pytest.raises(ModuleNotFoundError, match="MissingModalities.table: needs the package rich"):
         result.table()
+
+
+def classes(scores, target):
+    return (scores.argmax(1) == target).double().mean()
+
+
+def test_modalities_go_by_name():
+    """In whatever order a batch lists them; the model sees them in the order of the first batch."""
+    torch.manual_seed(0)
+    a, b = torch.eye(3)[torch.randint(3, (40,))], torch.randn(40, 3)
+    data = [({"a": a[:20], "b": b[:20]}, a[:20].argmax(1)), ({"b": b[20:], "a": a[20:]}, a[20:].argmax(1))]
+    seen = []
+
+    def model(x):
+        seen.append(list(x))
+        return 5 * x["a"] + x["b"] / 5
+
+    for metric in (classes, pytest.importorskip("torchmetrics.classification").MulticlassAccuracy(3, average="micro")):
+        result = mrf.evaluate_missing(model, data, metric, progress=False)
+        assert list(result.scores) == [("a", "b"), ("a",), ("b",)]
+        assert result.full == result.scores["a",] == 1 and result.scores["b",] < 0.6
+    assert all(keys == ["a", "b"] for keys in seen)
+
+
+@pytest.mark.parametrize("modalities", [None, ["a", "b"]])
+@pytest.mark.parametrize("lacking", [{"a": torch.ones(3, 2)}, {"a": torch.ones(3, 2), "b": None}])
+def test_a_batch_without_a_modality(lacking, modalities):
+    """An error; or it counts in every subset, without the modality in all of them."""
+    data = [(ones("ab"), torch.zeros(3)), (lacking, torch.zeros(3))]
+    with pytest.raises(ValueError, match="evaluate_missing: data must be batches with 'a', 'b' each .* got batch 1 without 'b'"):
+        mrf.evaluate_missing(binary_code, data, mean, modalities=modalities, progress=False)
+
+    def model(x):
+        return sum({"a": 1.0, "b": 2.0}[m] * (v != 0).flatten(1).any(1).double() for m, v in x.items() if v is not None)
+
+    result = mrf.evaluate_missing(model, data, mean, modalities=modalities, allow_absent=True, progress=False)
+    assert result.scores == {("a", "b"): 2.0, ("a",): 1.0, ("b",): 1.0}
+    if modalities is None:
+        with pytest.raises(ValueError, match="got batch 1 with 'b'"):
+            mrf.evaluate_missing(model, [({"a": torch.ones(3, 2)}, torch.zeros(3)), data[0]], mean, progress=False)
+        with pytest.raises(ValueError, match="modalities must be keys of the inputs, 'a', 'b', got 'z', which no batch has"):
+            mrf.evaluate_missing(model, data, mean, modalities=["a", "b", "z"], allow_absent=True, progress=False)
+
+
+def test_images_of_different_sizes():
+    """A function sees the pixels of all in a row: the number that a torchmetrics metric gives."""
+    metrics = pytest.importorskip("torchmetrics.classification")
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    torch.manual_seed(0)
+    sizes = ((2, 4, 6), (1, 5, 3), (3, 4, 6))
+    data = [({m: torch.randn(b, 3, h, w) for m in "ab"}, torch.randint(3, (b, h, w))) for b, h, w in sizes]
+
+    def iou(scores, target):
+        return functional.multiclass_jaccard_index(scores, target, 3)
+
+    def model(x):
+        return x["a"] + x["b"]
+
+    def deep(x):  # the same with a channel in both
+        return model(x).argmax(1, keepdim=True)
+
+    expected = mrf.evaluate_missing(model, data, metrics.MulticlassJaccardIndex(3), progress=False).scores
+    assert mrf.evaluate_missing(model, data, iou, progress=False).scores == pytest.approx(expected)
+    assert mrf.evaluate_missing(deep, [(x, y[:, None]) for x, y in data], iou, progress=False).scores == pytest.approx(expected)
+    assert mrf.evaluate_missing(lambda x: model(x).argmax(1), data, iou, progress=False).scores == pytest.approx(expected)
+
+
+def test_empty_batches_and_picked_targets():
+    empty = ({m: torch.zeros(0, 2) for m in "ab"}, {"y": torch.zeros(0), "name": []})
+    full = (ones("ab"), {"y": torch.zeros(3), "name": ["x"] * 3})
+    result = mrf.evaluate_missing(binary_code, [empty, full, empty], mean, target=lambda held: held["y"], progress=False)
+    assert result.scores == {("a", "b"): 3.0, ("a",): 1.0, ("b",): 2.0}
+    with pytest.raises(TypeError, match="target must be a function"):
+        mrf.evaluate_missing(binary_code, [full], mean, target="y", progress=False)
+
+
+def test_lists_and_tuples_move_to_the_device():
+    """meta is a second device that every machine has."""
+    pair = namedtuple("pair", "x y")
+    net = nn.ModuleDict({"l": nn.Linear(2, 2, device="meta")})
+
+    def forward(x):
+        parts = [x["a"], x["more"][0], x["more"][1]["deep"][0], x["pair"].x]
+        assert isinstance(x["pair"], pair) and x["more"][2] == "text" and all(part.device.type == "meta" for part in parts)
+        return net["l"](x["a"])
+
+    net.forward = forward
+
+    class Everything:
+        def reset(self): ...
+
+        def update(self, scores, target):
+            assert target[0].device.type == target[1][0].device.type == "meta"
+
+        def compute(self):
+            return 1
+
+    x = torch.ones(1, 2)
+    inputs = {"a": x, "more": [x, {"deep": (x,)}, "text"], "pair": pair(x, None)}
+    data = [(inputs, [x, (x,)])]
+    assert mrf.evaluate_missing(net, data, Everything(), modalities=["a"], progress=False).full == 1

@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu_validate import page
 from benchmarks.gpu_validate.runner import passed, run
 from benchmarks.gpu_validate.steps import plan
+from modreg_fast import _output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    try:
+        _output.folder(options.output)
+    except OSError as error:
+        print(f"gpu_validate: {error}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = run(plan(options.dry_run, Path(scratch)))
     page.write(outcomes, options.output, options.dry_run)
@@ -42,4 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("gpu_validate: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -2,13 +2,13 @@
 
 import base64
 import dataclasses
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 
 import jinja2
 
 from benchmarks.gpu_validate.runner import Outcome, passed
+from modreg_fast import _output
 from modreg_fast.bench import plots
 from modreg_fast.bench.results import Row
 
@@ -16,17 +16,17 @@ _HIDDEN = {"device", "versions", "date", "bytes", "peak_bytes", "calls", "thread
 
 
 def write(outcomes: list[Outcome], folder: Path, dry_run: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Into ``folder``, which is there."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     report = {"date": date, "dry_run": dry_run, "passed": passed(outcomes), "steps": [dataclasses.asdict(o) for o in outcomes]}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    _output.write(folder / "report.json", _output.to_json(report, indent=1))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"cell": _cell, "image": _image}
     rows = [Row(**row) for outcome in outcomes for row in outcome.tables.get("speed", [])]
     page = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(
         report=report, outcomes=outcomes, pictures=plots.save(rows, folder) if rows else [], hidden=_HIDDEN
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    _output.write(folder / "report.html", page)
 
 
 def _cell(value: object) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from benchmarks.study import cost, report, runs
 from benchmarks.study.analyse import Study
 from benchmarks.study.methods import METHODS
 from benchmarks.study.watch import watch
+from modreg_fast._output import folder as make_folder
+from modreg_fast._output import to_json, write
 
 SEEDS, QUICK_SEEDS = 5, 2
 WATCHED, TIMED = ("generated", "indian pines", "home tasks"), ("indian pines", "digits")
@@ -26,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds and {len(runs.GAP_METHODS)} methods")
     options = parser.parse_args(arguments)
     folder = options.output / "study"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     console = Console(stderr=True)
 
     methods = runs.GAP_METHODS if options.quick else tuple(METHODS)
@@ -38,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with console.status("one training seen from inside, and the time of a step"):
         page = report.write(options.output, Study(rows), **_inside(folder / "inside.json", methods))
-    console.print(f"Wrote {page}")
+    console.print(f"Wrote {page}", markup=False, emoji=False)
 
 
 def _inside(path: Path, methods: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def _inside(path: Path, methods: Sequence[str]) -> dict[str, Any]:
             return found
     watched = {name: watch(name, "predictions") for name in WATCHED}
     milliseconds = {name: cost.milliseconds(name, methods) for name in TIMED}
-    path.write_text(json.dumps({"watched": watched, "milliseconds": milliseconds}, indent=1) + "\n")
+    write(path, to_json({"watched": watched, "milliseconds": milliseconds}, indent=1))
     return {"watched": watched, "milliseconds": milliseconds}
 
 
@@ -59,4 +62,8 @@ def _progress(console: Console) -> Progress:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("study: interrupted; the trainings that have ended are kept", file=sys.stderr)
+        sys.exit(130)

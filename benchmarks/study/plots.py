@@ -16,6 +16,7 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.runs import GAP_METHODS
 from benchmarks.study.train import NOISE
 from benchmarks.study.watch import PENALTIES
+from modreg_fast._output import save_figure
 
 matplotlib.use("Agg")
 
@@ -36,7 +37,7 @@ def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
         "training": training(watched),
     }
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        save_figure(figure, folder / f"{name}.png", dpi=110)
         plt.close(figure)
 
 

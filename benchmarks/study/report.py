@@ -14,6 +14,7 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.models import FUSIONS
 from benchmarks.study.runs import load
 from benchmarks.study.train import STEPS
+from modreg_fast._output import write as write_text
 
 
 def write(
@@ -46,8 +47,8 @@ def write(
         "beside_dropout": [m for m in methods if m.startswith(("dropout +", "each alone"))],
     }
     page = output / "study.md"
-    page.write_text(environment.get_template("study.md.j2").render(context))
-    (folder / "tables.md").write_text(environment.get_template("tables.md.j2").render(context))
+    write_text(page, environment.get_template("study.md.j2").render(context))
+    write_text(folder / "tables.md", environment.get_template("tables.md.j2").render(context))
     return page
 
 

@@ -17,6 +17,7 @@ from benchmarks.study.data import DATA, GAPS, Data
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.models import FUSIONS
 from benchmarks.study.train import NOISE, STEPS, inside, missing, noisy, train
+from modreg_fast._output import write
 from modreg_fast.missing import MissingModalities
 
 ALONE = "alone: "
@@ -107,7 +108,7 @@ def finish(
     """Performs what ``path`` lacks of ``runs``, writes each row as it comes, and returns all rows of ``runs``."""
     done = read(path)
     text = path.read_text() if path.exists() else ""
-    path.write_text(text[: text.rfind("\n") + 1] or ",".join(COLUMNS) + "\n")  # without an unfinished line
+    write(path, text[: text.rfind("\n") + 1] or ",".join(COLUMNS) + "\n")  # without an unfinished line
     left = [run for run in runs if run not in done]
     with path.open("a", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

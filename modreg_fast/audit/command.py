@@ -2,12 +2,16 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from modreg_fast import _output
+from modreg_fast._evaluation import extra
 
 __all__ = ["add_arguments", "main"]
 
@@ -30,26 +34,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-index", type=int, default=-100, metavar="N", help="target that does not count (default %(default)s)"
     )
+    parser.add_argument("--baseline", choices=("zero", "mean"), default="zero", help="of the attribution (default %(default)s)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the picture, such as audit.png or audit.pdf")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="write the picture, such as audit.png or audit.pdf")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of the table")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs what ``add_arguments`` parsed; 0, or 1 with a message."""
+    """Runs what ``add_arguments`` parsed; 0, 1 with a message, or 2 for arguments that do not fit each other."""
     from modreg_fast.audit.measure import audit
 
-    features = dict(options.features or ()) or None
+    names = [name for name, _ in options.features or ()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        print(f"modreg-fast audit: --features {twice}= is given twice; the modules of a modality go in one: a,b", file=sys.stderr)
+        return 2
+    if options.html is not None and options.html == options.plot:
+        print(f"modreg-fast audit: --html and --plot are both {options.html}", file=sys.stderr)
+        return 2
     here = os.getcwd()
     sys.path.insert(0, here)  # as python -m does
     try:
-        metric = None if options.metric is None else _made(*options.metric)
-        result = audit(_made(*options.model), _made(*options.data), features, metric=metric, ignore_index=options.ignore_index)
-        if options.html is not None:
-            result.to_html(options.html)
-        if options.plot is not None:
-            result.plot().savefig(options.plot, dpi=150)
-        print(result.to_json() if options.json else result.table())
+        _check(options)
+        result = audit(
+            _made(*options.model),
+            _made(*options.data),
+            dict(options.features or ()) or None,
+            metric=None if options.metric is None else _made(*options.metric),
+            ignore_index=options.ignore_index,
+            baseline=options.baseline,
+        )
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
         if not _ours(error):
             raise
@@ -57,7 +71,28 @@ def main(options: argparse.Namespace) -> int:
         return 1
     finally:
         sys.path.remove(here)
-    return 0
+    steps: list[Callable[[], object]] = [lambda: print(result.to_json() if options.json else result.table(), flush=True)]
+    if options.html is not None:
+        steps.append(lambda: result.to_html(options.html))
+    if options.plot is not None:
+        steps.append(lambda: _output.save_figure(result.plot(), options.plot, dpi=150))
+    return _output.deliver("modreg-fast audit", *steps)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What would fail when all is measured fails before."""
+    with extra("modreg-fast audit"):
+        import rich  # noqa: F401
+
+        if options.html is not None:
+            import jinja2  # noqa: F401
+            import matplotlib  # noqa: F401
+        if options.plot is not None:
+            from matplotlib.figure import Figure
+    for path in filter(None, (options.html, options.plot)):
+        _output.writable(path)
+    if options.plot is not None:  # some formats need a program that may not be there
+        Figure().savefig(io.BytesIO(), format=options.plot.suffix[1:])
 
 
 def _ours(error: BaseException) -> bool:
@@ -84,6 +119,20 @@ def _place(text: str) -> tuple[str, str]:
     if not module or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"expected MODULE:NAME, such as project.models:build, got {text!r}")
     return module, name
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return path  # which the command says by itself
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .{', .'.join(known)}, got {text!r}")
+    return path
 
 
 def _entries(text: str) -> tuple[str, list[str]]:

@@ -1,20 +1,20 @@
 """The measurement: attribution and Fisher information per sample, modality and scale; bootstrap intervals over the samples."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, name_of
+from modreg_fast._evaluation import Data, Model, batches, evaluating, name_of
 from modreg_fast.audit.examples import Example, examples
 from modreg_fast.audit.result import Audit, Estimate
-from modreg_fast.capture import Entry, capture
-from modreg_fast.distributed import gather_samples
+from modreg_fast.audit.source import Entries, Features, source
+from modreg_fast.audit.targets import USUAL, Accuracy, classes, default_loss
+from modreg_fast.distributed import on_all_ranks
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
 from modreg_fast.functional.masks import pooled, spatial_shape, valid_pixels
 from modreg_fast.losses.attribution import selected_score
@@ -24,21 +24,51 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Loss = Callable[[Tensor, Any], Tensor]
-Features = dict[str, list[Tensor]]
+
+Means = dict[tuple[str, int], Tensor]  # of each channel, by modality and scale
 
 RESAMPLES, COVERAGE = 2000, 0.95
+
+
+class _Pass(NamedTuple):
+    """A batch, and what the model made of it."""
+
+    inputs: dict[str, Any]
+    target: Any
+    scores: Tensor
+    features: Features
+    classes: Tensor | None
+    valid: Tensor
+
+
+class _Measured(NamedTuple):
+    """Of a batch: modality -> ``(S, B)``, and the sizes of the scales."""
+
+    attribution: dict[str, Tensor]
+    information: dict[str, Tensor]
+    sizes: list[str]
+
+
+class _Sum(NamedTuple):
+    modality: str
+    scale: int
+    total: Tensor
+    positions: int
 
 
 def audit(
     model: Model,
     data: Data,
-    features: Mapping[str, Entry | Sequence[Entry]] | None = None,
+    features: Entries | None = None,
     *,
     metric: Any = None,
     loss: Loss | None = None,
-    ignore_index: int = -100,
+    target: Callable[[Any], Any] | None = None,
+    ignore_index: int | None = USUAL,
+    baseline: Literal["zero", "mean"] = "zero",
     channel_dim: int = 1,
     drop: Drop = "zeros",
+    allow_absent: bool = False,
     maps: int = 4,
     process_group: "ProcessGroup | None" = None,
     progress: bool = True,
@@ -47,41 +77,54 @@ def audit(
 
     Per sample, with the features :math:`e_{ms}` of modality :math:`m` at scale :math:`s`:
 
-    - *share*: :math:`a_m / \sum_k a_k` with :math:`a_m = \sqrt{\sum_s \lVert \partial t / \partial e_{ms} \odot e_{ms} \rVert^2}`, where
-      :math:`t` sums the largest class score over valid positions; what ``AttributionLoss`` steers (arXiv:2404.02359). Also for each
-      scale by itself.
+    - *share*: :math:`a_m / \sum_k a_k` with
+      :math:`a_m = \sqrt{\sum_s \lVert \partial t / \partial e_{ms} \odot (e_{ms} - b_{ms}) \rVert^2}`, where :math:`t` sums the largest
+      class score over valid positions and :math:`b` is the ``baseline``; with 0 what ``AttributionLoss`` steers (arXiv:2404.02359). Also
+      for each scale by itself.
     - *information*: functional Fisher information of the loss map :math:`f` about :math:`e_{ms}`,
       :math:`\operatorname{mean}_p \sum_c g_{cp}^2 / f_p` with :math:`g = \partial \sum_p f_p / \partial e_{ms}` (Gat et al., NeurIPS
       2020). Where loss map and features have different numbers of spatial dimensions, of the mean loss:
       :math:`\lVert \partial \bar f / \partial e_{ms} \rVert^2 / \bar f`.
 
     Reported is the mean over the samples with a valid position, with a percentile bootstrap interval (2000 resamples of samples, fixed
-    seed). Then :func:`modreg_fast.evaluate_missing`. The share is a statement about gradients, the missing-modality scores one about
-    accuracy: read them together.
+    seed). Then :func:`modreg_fast.evaluate_missing`. The share is a statement about gradients at the place that was looked at, and depends
+    on where 0 lies there; the missing-modality scores are one about accuracy. Read them together; the verdict says where they disagree.
 
     Args:
-        model: called with the inputs ``{modality: tensor}``, returns class scores ``(B, K, *spatial)``; a module, with ``features=None``
-            also a function. Runs in ``eval()`` mode, on the device of its parameters, to which the batches are moved.
-        data: pairs ``(inputs, target)``, read twice: a ``DataLoader`` or a list.
+        model: called with the inputs ``{modality: tensor}``, returns class scores ``(B, K, *spatial)``, of two classes also one logit
+            ``(B, 1, *spatial)``; a module, with ``features=None`` also a function. Runs in ``eval()`` mode, on the device of its
+            parameters, to which the batches are moved.
+        data: pairs ``(inputs, target)``, read twice (with ``baseline="mean"`` three times): a ``DataLoader`` or a list. Modalities go by
+            their names, in whatever order a batch lists them. Batches without a sample are left out.
         features: what to attribute to, modality -> modules as in :func:`modreg_fast.capture`; best what enters the fusion. The
-            same number of scales for each modality. Default: the inputs themselves.
-        metric: as in ``evaluate_missing``; default accuracy over valid positions (torchmetrics).
-        loss: ``(scores, target) -> (B, *spatial)``, at least 0; default the cross entropy per position.
-        ignore_index: positions with this target are not valid.
+            same number of scales for each modality. Modalities may name the same module where each of its runs takes the input of one
+            of them. Default: the inputs themselves.
+        metric: as in ``evaluate_missing``; default accuracy over valid positions.
+        loss: ``(scores, target) -> (B, *spatial)``, at least 0; default the cross entropy per position, binary where the scores are one
+            logit.
+        target: what ``loss`` and ``metric`` get of the targets: ``lambda held: held["mask"]`` where these are dicts; default all.
+        ignore_index: positions of this class are not valid. Classes are whole numbers of any dtype, ``(B, *spatial)`` or
+            ``(B, 1, *spatial)``. Where a target is something else, any ``ignore_index`` but -100 is an error, and -100 too where it
+            occurs; None: all positions are valid.
+        baseline: what counts as no contribution of a feature: ``"zero"``, or ``"mean"``, the mean of each channel over the valid positions
+            of all samples, which makes the shares independent of constants that the model takes off again.
         channel_dim: dimension of the channels in the features; 1, or -1 for tokens.
         drop: what takes the place of a missing modality, as in ``evaluate_missing``.
+        allow_absent: whether a batch may lack a modality (no key, or None), else an error. Its samples then have share 0 of that modality
+            and do not count in its information. With ``features`` the model must run the named modules all the same.
         maps: for how many samples, from the first, to keep the share of each pixel. Needs the same resolution for all modalities: maps
             ``(B, C, H, W)``; volumes ``(B, C, D, H, W)``, of which the central slice is shown; or tokens ``(B, N, C)`` that are square
             patches of the modality's input ``(B, C, H, W)``, cubes of a volume, in reading order behind up to eight others (class,
             registers). Otherwise ``no_maps`` and the page say what came.
         process_group: its ranks audit together, each with samples of its own: all return the numbers of all samples, each with the maps
-            of its own. A ``metric`` is then one of torchmetrics, which gathers by itself (``process_group`` in its constructor). None: no
-            other rank is waited for, except by a metric of torchmetrics without ``sync_on_compute=False``.
+            of its own; what fails on one is an error on all. A ``metric`` is then one of torchmetrics, which gathers by itself
+            (``process_group`` in its constructor). None: no other rank is waited for, except by a metric of torchmetrics without
+            ``sync_on_compute=False``.
         progress: show progress bars on stderr.
 
     Returns:
         :class:`Audit`: ``verdict``, ``share``, ``share_by_scale``, ``information``, ``missing``, and ``table()``, ``plot()``,
-        ``to_json()``, ``to_html()``.
+        ``to_dict()``, ``to_json()``, ``to_html()``.
 
     Raises:
         ValueError, TypeError: arguments, data or scores that do not fit.
@@ -96,104 +139,83 @@ def audit(
     """
     if isinstance(maps, bool) or not isinstance(maps, int) or maps < 0:
         validate.fail("audit", "maps", "a number of samples, at least 0", repr(maps))
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        validate.fail("audit", "ignore_index", "an integer or None", repr(ignore_index), TypeError)
+    if baseline not in ("zero", "mean"):
+        validate.fail("audit", "baseline", "'zero' or 'mean'", repr(baseline))
     if process_group is not None and metric is not None and not callable(getattr(metric, "compute", None)):
         validate.fail(
             "audit", "metric", "one of torchmetrics with process_group: a function sees the samples of one rank", "a function"
         )
     if isinstance(data, Iterator):
         validate.fail("audit", "data", "readable twice, such as a DataLoader or a list", f"a {type(data).__name__}")
-    attribution: list[Tensor] = []
-    information: list[Tensor] = []
+    score = metric
     shown: list[Example] = []
-    classes, no_maps = 0, ""
-    with evaluating(model), torch.enable_grad(), _source(model, features) as forward:
-        for inputs, target in batches(model, data, "audit", progress):
-            scores, captured = forward(inputs)
-            classes = scores.shape[1]
-            mask = _mask(scores, target, ignore_index)
-            values = _loss(scores, target, ignore_index, loss)
-            a, pixels = _attribution(scores, captured, mask, channel_dim, maps=len(shown) < maps)
-            counts = (a.sum((0, 1)) != 0).cpu()
-            attribution.append(a.cpu()[..., counts])
-            information.append(_information(values, captured, mask, channel_dim).cpu()[..., counts])
-            found, no_maps = examples(inputs, pixels, list(captured), maps - len(shown))
-            shown += found
-    a, i = (gather_samples(torch.cat(x, 2).double(), process_group) for x in (attribution, information))
+    no_maps = ""
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad(), source(model, features) as forward:
+
+        def passes() -> Iterator[_Pass]:
+            named = None if features is None else tuple(features)
+            for inputs, held in batches(
+                model, data, "audit", progress, named, target=target, argument="features", allow_absent=allow_absent
+            ):
+                scores, captured = forward(inputs)
+                yield _Pass(inputs, held, scores, captured, *classes(scores, held, ignore_index))
+
+        def sums() -> list[_Sum]:
+            return [x for p in passes() for x in _sums(p.features, p.valid, channel_dim)]
+
+        def measured() -> list[_Measured]:
+            nonlocal no_maps, score
+            rows, names = [], set(features or ())
+            for p in passes():
+                values = default_loss(p.scores, p.target, p.classes, ignore_index) if loss is None else _loss(p, loss)
+                if score is None:
+                    score = Accuracy(p.scores.shape[1], ignore_index, process_group)
+                if isinstance(score, Accuracy):
+                    score.check(p.scores, p.classes)
+                names |= set(p.features)
+                wanted = maps - len(shown) if len(p.features) == len(names) else 0  # colours stand for places in the list of all
+                attribution, pixels = _attribution(p.scores, p.features, p.valid, channel_dim, means, maps=wanted > 0)
+                information = _information(values, p.features, p.valid, channel_dim)
+                a, i = (dict(zip(p.features, x.double().cpu(), strict=True)) for x in (attribution, information))
+                rows.append(_Measured(a, i, _sizes(p.features, channel_dim)))
+                found, no_maps = examples(p.inputs, pixels, list(p.features), wanted)
+                shown.extend(found)
+            return rows
+
+        means = _means(chain(*on_all_ranks(sums, process_group, "audit"))) if baseline == "mean" else {}
+        rows = list(chain(*on_all_ranks(measured, process_group, "audit")))
+    names = list(dict.fromkeys(features or chain(*(row.attribution for row in rows))))
+    a = _stacked([row.attribution for row in rows], names, 0)
+    i = _stacked([row.information for row in rows], names, torch.nan)
+    counts = a.sum((0, 1)) != 0
+    a, i = a[..., counts], i[..., counts]
     if a.shape[2] == 0:
         validate.fail("audit", "data", "at least one sample with a valid position and scores that depend on the features", "none")
-    names = list(captured)
-    score = _accuracy(classes, ignore_index, process_group) if metric is None else metric
-    missing = evaluate_missing(model, data, score, modalities=names, drop=drop, progress=progress)
+    missing = evaluate_missing(
+        model, data, score, modalities=names, target=target, drop=drop, allow_absent=allow_absent, progress=progress
+    )
     share = modality_share(torch.linalg.vector_norm(a, dim=1))
     by_scale = torch.where(a.sum(0) > 0, a / a.sum(0), torch.nan)  # a scale may lack valid pixels where the sample has some
     return Audit(
         model=name_of(model, "a function"),
         samples=a.shape[2],
-        scales=_scale_names(captured, channel_dim, features is None),
+        scales=_scale_names([row.sizes for row in rows], features is None),
         share=dict(zip(names, _estimates(share), strict=True)),
         share_by_scale=dict(zip(names, map(_estimates, by_scale), strict=True)),
         information=dict(zip(names, map(_estimates, i), strict=True)),
         missing=replace(missing, metric="accuracy") if metric is None else missing,
         examples=shown,
         no_maps=no_maps,
+        measured_at="inputs" if features is None else "features",
+        baseline=baseline,
     )
 
 
-@contextlib.contextmanager
-def _source(
-    model: Model, features: Mapping[str, Entry | Sequence[Entry]] | None
-) -> Iterator[Callable[[dict[str, Any]], tuple[Tensor, Features]]]:
-    """``inputs -> (scores, features)``."""
-    if features is not None:
-        if not isinstance(model, nn.Module):
-            validate.fail("audit", "model", "a torch.nn.Module when features are named", type(model).__name__, TypeError)
-        with capture(model, features) as captured:
-
-            def forward(inputs: dict[str, Any]) -> tuple[Tensor, Features]:
-                for name in captured:
-                    if name not in inputs:
-                        validate.fail(
-                            "audit", "features", f"of the modalities in the inputs, {', '.join(map(repr, inputs))}", repr(name)
-                        )
-                return _scores(model(inputs)), captured
-
-            yield forward
-        return
-    if not callable(model):
-        validate.fail("audit", "model", "a module or a function", type(model).__name__, TypeError)
-
-    def forward_from_inputs(inputs: dict[str, Any]) -> tuple[Tensor, Features]:
-        for name, x in inputs.items():
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                validate.fail(
-                    "audit", f"inputs[{name!r}]", "a floating point tensor, or name modules with features=", got, TypeError
-                )
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        return _scores(model(leaves)), {name: [x] for name, x in leaves.items()}
-
-    yield forward_from_inputs
-
-
-def _scores(scores: object) -> Tensor:
-    if not isinstance(scores, Tensor) or scores.dim() < 2 or not scores.requires_grad:
-        kind = f"shape {validate.shape(scores)} without a gradient" if isinstance(scores, Tensor) else type(scores).__name__
-        validate.fail("audit", "what the model returns", "class scores (B, K, *spatial) with a gradient", kind, TypeError)
-    return scores
-
-
-def _mask(scores: Tensor, target: object, ignore_index: int) -> Tensor:
-    """The valid positions: all, unless ``target`` holds a class for each."""
-    if isinstance(target, Tensor) and not target.is_floating_point() and target.shape == scores[:, 0].shape:
-        return target != ignore_index
-    return torch.ones_like(scores[:, 0], dtype=torch.bool)
-
-
-def _loss(scores: Tensor, target: Any, ignore_index: int, loss: Loss | None) -> Tensor:
-    if loss is None:
-        return F.cross_entropy(scores, target, ignore_index=ignore_index, reduction="none")
-    values = validate.tensor(loss(scores, target), "audit", "what loss returns")
-    validate.same(values, scores[:, 0], "audit", "what loss returns", "scores without their classes")
+def _loss(p: _Pass, loss: Loss) -> Tensor:
+    values = validate.tensor(loss(p.scores, p.target), "audit", "what loss returns")
+    validate.same(values, p.scores[:, 0], "audit", "what loss returns", "scores without their classes")
     return values
 
 
@@ -214,21 +236,52 @@ def _by_modality(rows: Tensor, features: Features) -> Tensor:
     return rows.reshape(len(features), -1, rows.shape[1])
 
 
+def _feature_masks(features: Features, mask: Tensor, channel_dim: int) -> list[Tensor]:
+    sizes = [spatial_shape(x, channel_dim) for row in features.values() for x in row]
+    everywhere = torch.ones((), dtype=torch.bool, device=mask.device)  # in features that have no pixels of the scores
+    return [resize_mask(mask, n) if len(n) == mask.dim() - 1 else everywhere.expand(len(mask), *n) for n in sizes]
+
+
+def _sums(features: Features, mask: Tensor, channel_dim: int) -> list[_Sum]:
+    """Per feature the sum over valid positions and samples of each channel, and how many they are."""
+    masks = _feature_masks(features, mask, channel_dim)
+    names = [(name, s) for name, row in features.items() for s in range(len(row))]
+    found = []
+    for (name, s), valid in zip(names, masks, strict=True):
+        x = features[name][s].detach().movedim(channel_dim, -1)
+        found.append(_Sum(name, s, torch.where(valid[..., None], x, 0).double().flatten(0, -2).sum(0).cpu(), int(valid.sum())))
+    return found
+
+
+def _means(sums: Iterable[_Sum]) -> Means:
+    total: dict[tuple[str, int], tuple[Tensor, int]] = {}
+    for name, s, x, count in sums:
+        before, counted = total.get((name, s), (torch.zeros(()), 0))
+        total[name, s] = before + x, counted + count
+    return {key: x / max(count, 1) for key, (x, count) in total.items()}
+
+
 def _attribution(
-    scores: Tensor, features: Features, mask: Tensor, channel_dim: int, *, maps: bool
+    scores: Tensor, features: Features, mask: Tensor, channel_dim: int, means: Means, *, maps: bool
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Attribution ``(M, S, B)``, and where asked that of each pixel, ``[m][s]`` of shape ``(B, *spatial)``."""
-    tensors = [x for row in features.values() for x in row]
-    sizes = [spatial_shape(x, channel_dim) for x in tensors]
-    everywhere = torch.ones((), dtype=torch.bool, device=mask.device)  # in features that have no pixels of the scores
-    masks = [resize_mask(mask, n) if len(n) == mask.dim() - 1 else everywhere.expand(len(mask), *n) for n in sizes]
+    tensors = [_less(x, means.get((name, s)), channel_dim) for name, row in features.items() for s, x in enumerate(row)]
     grads = _gradients(selected_score(scores, None, mask, "audit"), features)
+    masks = _feature_masks(features, mask, channel_dim)
     found = gradient_statistics(grads, features=tensors, mask=masks, channel_dim=channel_dim, maps=maps)
     assert found.attribution is not None
     scales = len(tensors) // len(features)
     pixels = [] if found.attribution_maps is None else found.attribution_maps
     rows = [[x.detach() for x in pixels[k : k + scales]] for k in range(0, len(pixels), scales)]
     return _by_modality(_finite(found.attribution, "the scores"), features), rows
+
+
+def _less(x: Tensor, mean: Tensor | None, channel_dim: int) -> Tensor:
+    x = x.detach()
+    if mean is None:
+        return x
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(precise).movedim(channel_dim, -1) - mean.to(x.device, precise)).movedim(-1, channel_dim).to(x.dtype)
 
 
 def _information(values: Tensor, features: Features, mask: Tensor, channel_dim: int) -> Tensor:
@@ -255,20 +308,21 @@ def _finite(x: Tensor, what: str) -> Tensor:
     return x.detach()
 
 
-def _accuracy(classes: int, ignore_index: int, group: "ProcessGroup | None") -> Any:
-    with extra("audit"):
-        from torchmetrics.classification import MulticlassAccuracy
-    if classes < 2:
-        validate.fail("audit", "metric", "given where the scores have one class", "None")
-    return MulticlassAccuracy(
-        classes, average="micro", ignore_index=ignore_index, process_group=group, sync_on_compute=group is not None
-    )
+def _sizes(features: Features, channel_dim: int) -> list[str]:
+    return [" x ".join(map(str, spatial_shape(x, channel_dim))) for x in next(iter(features.values()))]
 
 
-def _scale_names(features: Features, channel_dim: int, inputs: bool) -> list[str]:
-    sizes = [" x ".join(map(str, spatial_shape(x, channel_dim))) for x in next(iter(features.values()))]
-    names = ["input"] if inputs else [str(s + 1) for s in range(len(sizes))]
-    return [f"{name} ({size})" if size else name for name, size in zip(names, sizes, strict=True)]
+def _scale_names(sizes: list[list[str]], inputs: bool) -> list[str]:
+    """With the size where all batches have the same."""
+    names = ["input"] if inputs else [str(s + 1) for s in range(len(sizes[0]))]
+    same = [found.pop() if len(found := set(column)) == 1 else "" for column in zip(*sizes, strict=True)]
+    return [f"{name} ({size})" if size else name for name, size in zip(names, same, strict=True)]
+
+
+def _stacked(rows: list[dict[str, Tensor]], names: Sequence[str], absent: float) -> Tensor:
+    """``(M, S, B)`` of all batches, by name; ``absent`` where a batch lacks a modality."""
+    empty = [torch.full_like(next(iter(row.values())), absent) for row in rows]
+    return torch.cat([torch.stack([row.get(m, x) for m in names]) for row, x in zip(rows, empty, strict=True)], 2)
 
 
 def _estimates(values: Tensor) -> list[Estimate]:

@@ -1,6 +1,7 @@
 """The page of an audit: one HTML file with its style and pictures inside."""
 
 import base64
+from math import isfinite
 from pathlib import Path
 
 import jinja2
@@ -14,13 +15,14 @@ def html(audit: Audit) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": percent, "number": number, "image": _image}
     modalities = list(audit.share)
-    scores = audit.missing.scores
+    scores = [x for x in audit.missing.scores.values() if isfinite(x)]
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).render(
         audit=audit,
         colours={m: colour(i) for i, m in enumerate(modalities)},
         rows=_rows(audit),
         digits=lambda x: f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}",
-        longest=max(scores.values()) if min(scores.values()) >= 0 < max(scores.values()) else None,
+        longest=max(scores) if scores and min(scores) >= 0 < max(scores) else None,
+        isfinite=isfinite,
         ramp=ramp(),
         version=modreg_fast.__version__,
     )
@@ -28,7 +30,7 @@ def html(audit: Audit) -> str:
 
 def _rows(audit: Audit) -> list[dict[str, object]]:
     """A group per scale, the first for all together; bars in percent of the track."""
-    top = 1.02 * max(x.high for row in audit.information.values() for x in row) or 1.0
+    top = 1.02 * max((x.high for row in audit.information.values() for x in row if isfinite(x.high)), default=0.0) or 1.0
     groups: list[dict[str, object]] = []
     if len(audit.scales) > 1:
         groups.append({"name": "All scales", "cells": [(m, x, _bar(x), None, None) for m, x in audit.share.items()]})
@@ -42,7 +44,9 @@ def _rows(audit: Audit) -> list[dict[str, object]]:
 
 
 def _bar(x: Estimate, top: float = 1.0) -> str:
-    """Width of the bar, and place of the interval."""
+    """Width of the bar, and place of the interval; no bar where nothing counted."""
+    if not isfinite(x.mean):
+        return "--to:0;--low:0;--wide:0"
     return f"--to:{100 * x.mean / top:.2f}%;--low:{100 * x.low / top:.2f}%;--wide:{100 * (x.high - x.low) / top:.2f}%"
 
 

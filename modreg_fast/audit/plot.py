@@ -1,16 +1,18 @@
 """The picture of an audit, for papers and notebooks."""
 
+from math import isfinite
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from modreg_fast.audit.examples import colour
 from modreg_fast.audit.result import Audit, Estimate
 
-STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 WIDTH, CHARTS = 10.0, 3.2  # inches
 ACROSS = 12  # pictures
 
@@ -18,7 +20,7 @@ ACROSS = 12  # pictures
 def figure(audit: Audit) -> Figure:
     """Three charts, and below them the inputs and the shares of the first samples."""
     shown = audit.examples[: max(1, ACROSS // (len(audit.share) + 1))]
-    pictures = [x for example in shown for x in [*example.inputs.items(), ("who decides", example.shares)]]
+    pictures = [x for example in shown for x in [*example.inputs.items(), ("share", example.shares)]]
     below = min(WIDTH / len(pictures), 2.0) + 0.3 if pictures else 0.0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, CHARTS + below + 0.4), layout="constrained")
@@ -37,29 +39,34 @@ def _charts(axes: Any, audit: Audit) -> None:
     if len(scales) > 1:
         scales, shares = ["all", *scales], {m: [audit.share[m], *row] for m, row in shares.items()}
     _bars(axes[0], shares, scales, factor=100)
-    axes[0].set_title("share in the decision, %", loc="left")
-    _bars(axes[1], audit.information, audit.scales)
+    axes[0].set_title(f"share of the attribution at the {audit.measured_at}, %", loc="left")
+    bars = _bars(axes[1], audit.information, audit.scales)
     axes[1].set_title("functional Fisher information", loc="left")
-    axes[1].legend(frameon=False)
+    axes[1].legend(bars, list(audit.information), frameon=False)  # by itself it leaves out names with a leading underscore
     _missing(axes[2], audit)
 
 
-def _bars(axis: Axes, values: dict[str, list[Estimate]], groups: list[str], factor: float = 1.0) -> None:
-    """A group of bars per scale, with their intervals."""
+def _bars(axis: Axes, values: dict[str, list[Estimate]], groups: list[str], factor: float = 1.0) -> list[BarContainer]:
+    """A group of bars per scale, with their intervals; returns those of each name."""
     width = 0.8 / len(values)
-    for i, (name, row) in enumerate(values.items()):
+    drawn = []
+    for i, row in enumerate(values.values()):
         means, low, high = factor * np.array(row).T
         x = np.arange(len(row)) + (i - (len(values) - 1) / 2) * width
         interval = [np.maximum(means - low, 0), np.maximum(high - means, 0)]
-        axis.bar(x, means, 0.92 * width, yerr=interval, color=colour(i), label=name, error_kw={"elinewidth": 1, "capsize": 2})
+        drawn.append(axis.bar(x, means, 0.92 * width, yerr=interval, color=colour(i), error_kw={"elinewidth": 1, "capsize": 2}))
     axis.set_xticks(range(len(groups)), [group.replace(" (", "\n").replace(" x ", "×").rstrip(")") for group in groups])
     axis.tick_params(axis="x", length=0)
+    return drawn
 
 
 def _missing(axis: Axes, audit: Audit) -> None:
     scores = audit.missing.scores
     axis.barh(range(len(scores)), list(scores.values()), height=0.6, color="#8c8c8c")
     for y, x in enumerate(scores.values()):
+        if not isfinite(x):  # no bar ends there
+            axis.annotate(f"{x:.3g}", (0, y), (3, 0), textcoords="offset points", va="center_baseline")
+            continue
         axis.annotate(f"{x:.3g}", (x, y), (3, 0), textcoords="offset points", va="center_baseline")
     axis.set_yticks(range(len(scores)), [" + ".join(subset) for subset in scores])
     axis.tick_params(axis="y", length=0)

@@ -1,13 +1,14 @@
 """What an audit found, and its forms: sentence, table, JSON; picture and page are made next door."""
 
-import json
 from dataclasses import dataclass, field
+from math import inf, isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from modreg_fast._evaluation import extra, rendered
+from modreg_fast._output import plain, printable, to_json, write
 from modreg_fast.audit.examples import Example
 from modreg_fast.missing import MissingModalities
 
@@ -31,12 +32,14 @@ class Audit:
         model: its name.
         samples: number of samples that count.
         scales: names of the feature scales.
-        share: modality -> share in the decisions, in [0, 1].
+        share: modality -> share of the attribution, in [0, 1].
         share_by_scale: modality -> scale -> share in what that scale contributes.
         information: modality -> scale -> functional Fisher information.
         missing: scores with every subset of the modalities.
         examples: sample images, where the features have pixels.
         no_maps: why there are no sample images, though the features have pixels.
+        measured_at: ``"inputs"`` or ``"features"``.
+        baseline: ``"zero"`` or ``"mean"``.
 
     Example:
         >>> from modreg_fast import audit
@@ -55,34 +58,65 @@ class Audit:
     missing: MissingModalities
     examples: list[Example] = field(repr=False)
     no_maps: str = ""
+    measured_at: str = "inputs"
+    baseline: str = "zero"
 
     @property
     def verdict(self) -> str:
-        """Who carries the decision, and whose loss costs most."""
-        return f"{self.carried} {self.costs}".rstrip()
+        """Who carries the attribution and where that was measured, whose loss costs most, and where these disagree."""
+        return " ".join(filter(None, (self.carried, self.costs, self.disagreement)))
 
     @property
     def carried(self) -> str:
-        """Who carries the decision; that nobody dominates where the intervals of the first two overlap."""
+        """Who carries the attribution, called the decision where nothing disagrees; that nobody dominates where the intervals of the
+        first two overlap."""
         ranked = sorted(self.share, key=lambda m: -self.share[m].mean)
         texts = [f"{m} carries {percent(self.share[m])}" for m in ranked]
-        if len(ranked) > 1 and self.share[ranked[0]].low <= self.share[ranked[1]].high:
-            return f"No modality dominates: {', '.join(texts)} of the decision."
-        return f"{texts[0]} of the decision."
+        place = f"the {self.measured_at}" if self.baseline == "zero" else f"the {self.measured_at} less their {self.baseline}"
+        what = f"of the attribution at {place}" if self.disagreement else f"of the decision, measured at {place}"
+        if len(ranked) > 1 and _leader(self.share) is None:
+            return f"No modality dominates: {', '.join(texts)} {what}."
+        return f"{texts[0]} {what}."
 
     @property
     def costs(self) -> str:
         """The modality without which the score is worst, all others given; empty where losing one costs nothing."""
-        scores, lost = self.missing.scores, self.missing.lost
-        without_one = {subset: lost[subset] for subset in scores if len(subset) == len(self.share) - 1}
-        if not without_one or max(without_one.values()) <= 0:
+        lost = self._lost_without
+        gone = max(lost, key=lambda m: _cost(lost[m]), default=None)
+        if gone is None or _cost(lost[gone]) <= 0:
             return ""
-        rest = max(without_one, key=without_one.__getitem__)
-        (gone,) = set(self.share) - set(rest)
-        return f"Losing {gone} costs most: {self.missing.metric} {self.missing.full:.3g} becomes {scores[rest]:.3g}."
+        score = next(x for subset, x in self.missing.scores.items() if set(subset) == set(self.share) - {gone})
+        return f"Losing {gone} costs most: {self.missing.metric} {self.missing.full:.3g} becomes {score:.3g}."
+
+    @property
+    def disagreement(self) -> str:
+        """Where another measurement does not bear the shares out; empty where all agree. Scales disagree where other modalities clearly
+        lead. The scores disagree where the clearly leading modality is not the one that costs most to lose, or where it leads by more
+        than twice the share of the second, but costs less than twice as much as another."""
+        found = []
+        leaders = {s: _leader({m: row[s] for m, row in self.share_by_scale.items()}) for s in range(len(self.scales))}
+        if len({m for m in leaders.values() if m}) > 1:
+            told = ", ".join(f"{m} leads at {self.scales[s]}" for s, m in leaders.items() if m)
+            found.append(f"The scales disagree: {told}.")
+        first, lost = _leader(self.share), {m: _cost(x) for m, x in self._lost_without.items()}
+        if first is not None and len(lost) > 1:
+            second = max((m for m in self.share if m != first), key=lambda m: self.share[m].mean)
+            other = max((m for m in lost if m != first), key=lost.__getitem__)
+            factor = 2 if self.share[first].mean > 2 * self.share[second].mean else 1
+            if lost[first] <= 0 or lost[first] < factor * lost[other]:
+                told = f"losing {first} costs {lost[first]:.3g}, losing {other} {lost[other]:.3g}"
+                found.append(f"The scores do not bear this out: {told}.")
+        return " ".join(found)
+
+    @property
+    def _lost_without(self) -> dict[str, float]:
+        """Modality -> what its loss alone costs."""
+        lost = self.missing.lost
+        every = set(self.share)
+        return {m: x for subset, x in lost.items() for m in every - set(subset) if subset and len(subset) == len(every) - 1}
 
     def table(self) -> str:
-        """For printing: the verdict, shares and information by scale, and the missing-modality table."""
+        """For printing: the verdict, shares and information by scale, and the missing-modality table. In signs that stdout has."""
         with extra("Audit.table"):
             from rich import box
             from rich.table import Table
@@ -97,33 +131,31 @@ class Audit:
             for k, m in enumerate(self.share):
                 table.add_row("" if k else name, m, percent(self.share_by_scale[m][s]), number(self.information[m][s]))
         over = f"Means over {self.samples} samples, with 95 % intervals."
-        return f"{self.verdict}\n\n{rendered(table)}\n{over}\n\n{self.missing.table()}"
+        return printable(f"{self.verdict}\n\n{rendered(table)}\n{over}\n\n{self.missing.table()}")
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The numbers as JSON, with the versions; also written to ``path``."""
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers in plain types, ready for JSON and trackers, with the versions; None in place of NaN."""
         import modreg_fast
 
-        missing = self.missing
         told = {
             "verdict": self.verdict,
             "model": self.model,
             "samples": self.samples,
+            "measured_at": self.measured_at,
+            "baseline": self.baseline,
             "modalities": list(self.share),
             "scales": self.scales,
             "share": {m: x._asdict() for m, x in self.share.items()},
             "share_by_scale": {m: [x._asdict() for x in row] for m, row in self.share_by_scale.items()},
             "information": {m: [x._asdict() for x in row] for m, row in self.information.items()},
-            "missing": {
-                "metric": missing.metric,
-                "higher_is_better": missing.higher_is_better,
-                "scores": [{"given": list(subset), "score": x} for subset, x in missing.scores.items()],
-                "mean": missing.mean,
-                "std": missing.std,
-                "worst": list(missing.worst),
-            },
+            "missing": self.missing.to_dict(),
             "versions": {"modreg_fast": modreg_fast.__version__, "torch": torch.__version__},
         }
-        return _written(json.dumps(told, indent=2) + "\n", path)
+        return cast(dict[str, Any], plain(told))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """:meth:`to_dict` as JSON; also written to ``path``."""
+        return _written(to_json(self.to_dict()), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """One self-contained page (no script, nothing loaded), light, dark and in print; also written to ``path``."""
@@ -138,14 +170,29 @@ class Audit:
         return figure(self)
 
 
+def _leader(shares: dict[str, Estimate]) -> str | None:
+    """The modality whose interval lies above those of all others."""
+    ranked = sorted((m for m in shares if not isnan(shares[m].mean)), key=lambda m: -shares[m].mean)
+    if len(ranked) == 1 or (ranked and shares[ranked[0]].low > max(shares[m].high for m in ranked[1:])):
+        return ranked[0]
+    return None
+
+
+def _cost(lost: float) -> float:
+    """Of a lost score; one that is no number any more is the worst."""
+    return inf if isnan(lost) else lost
+
+
 def percent(x: Estimate) -> str:
-    """``91 % [88, 94]``"""
+    """``91 % [88, 94]``, or ``n/a`` where nothing counted."""
     mean, low, high = (100 * value for value in x)
-    return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+    return "n/a" if isnan(mean) else f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
 
 
 def number(x: Estimate) -> str:
-    """``0.012 [0.010, 0.015]``, with as many decimals as the mean needs for two digits."""
+    """``0.012 [0.010, 0.015]``, with as many decimals as the mean needs for two digits; ``n/a`` where nothing counted."""
+    if isnan(x.mean):
+        return "n/a"
     if x.mean and not 1e-4 <= abs(x.mean) < 1e4:
         return f"{x.mean:.1e} [{x.low:.1e}, {x.high:.1e}]"
     decimals = next(d for d in range(7) if abs(x.mean) * 10**d >= 10 or d == 6)
@@ -154,5 +201,5 @@ def number(x: Estimate) -> str:
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write(path, text)
     return text

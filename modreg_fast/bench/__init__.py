@@ -23,15 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs what ``add_arguments`` parsed; 0, 1 without the extra, or 2 for arguments that do not fit."""
+    """Runs what ``add_arguments`` parsed: 0, 1 without the extra or where a result cannot be written, 2 for arguments that do not fit."""
     try:
         from modreg_fast.bench.run import run
     except ModuleNotFoundError as error:
         print(f"modreg-fast bench: needs the package {error.name}: pip install 'modreg_fast[examples]'", file=sys.stderr)
         return 1
     try:
-        run(only=args.only, quick=args.quick, threads=args.threads, output=args.output, compare=args.compare, as_json=args.json)
-    except ValueError as error:
+        return run(
+            only=args.only, quick=args.quick, threads=args.threads, output=args.output, compare=args.compare, as_json=args.json
+        )
+    except (ValueError, OSError) as error:
         print(f"modreg-fast bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 1 if isinstance(error, OSError) else 2

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from modreg_fast._output import save_figure
 from modreg_fast.bench.cases import BASELINES, OPS
 from modreg_fast.bench.results import Row
 
@@ -46,7 +47,7 @@ def save(rows: list[Row], folder: Path) -> list[Path]:
         points = [(row, x) for row in rows if (x := picture.value(row)) is not None]
         if points:
             paths.append(folder / f"{picture.name}.png")
-            _figure(picture, points).savefig(paths[-1], dpi=150)
+            save_figure(_figure(picture, points), paths[-1], dpi=150)
     return paths
 
 

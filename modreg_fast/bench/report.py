@@ -101,7 +101,7 @@ def print_comparison(old: list[Row], new: list[Row], where: Console) -> None:
 
 
 def print_files(paths: Iterable[object], where: Console) -> None:
-    where.print("written:", *paths, soft_wrap=True)
+    where.print("written:", *paths, soft_wrap=True, markup=False, emoji=False)
 
 
 def _ratio(value: float | None) -> str:

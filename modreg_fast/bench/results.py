@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import modreg_fast
+from modreg_fast._output import to_json, whole
 from modreg_fast.bench.cases import MODES, Case
 from modreg_fast.bench.measure import Result, Timing
 from modreg_fast.bench.shapes import SHAPES
@@ -133,14 +134,14 @@ def versions() -> str:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
 def read_csv(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [_parse(line) for line in csv.DictReader(file)]
 
 
@@ -153,12 +154,12 @@ def _parse(line: dict[str, str]) -> Row:
 
 
 def json_of(rows: list[Row]) -> str:
-    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+    return to_json([dataclasses.asdict(row) for row in rows], indent=1)
 
 
 def read_json(path: Path) -> list[Row]:
     """Raises ValueError, with the reason, for a file that does not hold the rows of a run."""
     try:
-        return [Row(**row) for row in json.loads(path.read_text())]
+        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} does not hold the rows of a run: {error}") from error

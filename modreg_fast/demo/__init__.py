@@ -1,7 +1,7 @@
 """What the losses do, on a real scene: trains a network plainly, with functional entropy and with attribution, and reports."""
 
-import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,34 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from modreg_fast._output import to_json, write
 from modreg_fast.backends import resolve
 from modreg_fast.demo import data, pictures, report, training
 
-__all__ = ["run"]
+__all__ = ["Measured", "run"]
 
 LEAST_PIXELS = 10  # of a class in training and in test blocks, for it to be scored
 
 
-def run(output: Path, seeds: int = 3, quick: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Trains every method ``seeds`` times, writes pictures and ``results.json`` to ``output``, and returns what that file holds.
+@dataclass(frozen=True)
+class Measured:
+    """``results``: what ``results.json`` holds; the rest is for the pictures."""
+
+    results: dict[str, Any]
+    scene: data.Scene
+    split: pictures.Split
+    maps: dict[str, dict[str, torch.Tensor]]
+
+    def save(self, output: Path) -> None:
+        """Writes ``results.json`` and the pictures into the folder ``output``."""
+        write(output / "results.json", to_json(self.results))
+        pictures.save(output, self.scene, self.split, self.maps, self.results)
+
+
+def run(seeds: int = 3, quick: bool = False, console: Console | None = None) -> Measured:
+    """Trains every method ``seeds`` times, and measures it.
 
     Args:
-        output: folder; made if it does not exist.
         seeds: seeds 0, 1, ... ``seeds - 1``.
         quick: a few steps only, to see that everything runs; the numbers mean nothing.
         console: shows the progress; by default on stderr.
@@ -29,14 +44,13 @@ def run(output: Path, seeds: int = 3, quick: bool = False, console: Console | No
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are so small that a second thread mostly waits
     try:
-        return _run(output, seeds, quick, console or Console(stderr=True))
+        return _run(seeds, quick, console or Console(stderr=True))
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(output: Path, seeds: int, quick: bool, console: Console) -> dict[str, Any]:
+def _run(seeds: int, quick: bool, console: Console) -> Measured:
     start = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
     scene = data.load_scene()
     classes = len(scene.classes)
     split = data.split_blocks(scene.labels, classes)
@@ -82,11 +96,9 @@ def _run(output: Path, seeds: int, quick: bool, console: Console) -> dict[str, A
                         "history": {"step": trained.steps, "share": trained.shares},
                     }
                 )
-    pictures.save(output, scene, split, maps, results)
     results["seconds"] = round(time.perf_counter() - start, 1)
     results["happened"] = report.sentences(results)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return Measured(results, scene, split, maps)
 
 
 def _progress(console: Console) -> Progress:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+from modreg_fast._output import save_figure
 from modreg_fast.demo.data import BLOCK, IGNORE, Scene
 from modreg_fast.demo.report import mean_std, over_seeds, seeds, subset_names
 
@@ -31,7 +32,7 @@ def save(output: Path, scene: Scene, split: Split, maps: Mapping[str, Mapping[st
             "robustness.png": _robustness(results),
             "shares.png": _shares(results),
         }.items():
-            figure.savefig(output / name, dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+            save_figure(figure, output / name, dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.15)
 
 
 def _maps(scene: Scene, split: Split, maps: Mapping[str, Mapping[str, Tensor]], results: Mapping[str, Any]) -> Figure:
