@@ -87,7 +87,7 @@ def gradients(score: Tensor, inputs: Sequence[Tensor], function: str) -> list[Te
 def _wall(function: str, obstacle: str) -> RuntimeError:
     cure = next(cure for part, cure in _CURES.items() if part in obstacle)
     return RuntimeError(
-        f"{function} differentiates twice what lies between the given tensors and the score, and PyTorch cannot: {obstacle}. "
+        f"{function} differentiates twice what lies between the given tensors and the score, and PyTorch cannot: {obstacle.rstrip('.')}. "
         f"Instead, {cure} (docs/limits.md#double-differentiation)"
     )
 
