@@ -42,6 +42,15 @@ def work(rank, store, results):
     found["fsdp2"] = audit(sharded, data[2 * rank : 2 * rank + 2], SPEC, process_group=group, **options)
     if rank == 0:  # the other rank does not take part
         found["alone"] = audit(wrapped.module, data, SPEC, **options)
+    turned = [(dict(reversed(x.items())), y) for x, y in uneven] if rank else uneven
+    found["turned"] = audit(model_of(), turned, process_group=group, **options)
+    bad = [({"rgb": x["rgb"]}, y) for x, y in uneven] if rank else uneven
+    with pytest.raises(
+        (ValueError, RuntimeError), match="'depth', which batch 0 lacks" if rank else "rank 1 .* failed: ValueError"
+    ):
+        audit(model_of(), bad, SPEC, process_group=group, **options)
+    with pytest.raises((ValueError, RuntimeError), match="got none with a sample" if rank else "rank 1 .* none with a sample"):
+        audit(model_of(), [] if rank else uneven, SPEC, baseline="mean", process_group=group, **options)
     with pytest.raises(ValueError, match="metric must be one of torchmetrics with process_group: .* got a function"):
         audit(model_of(Vectors), vectors(), metric=lambda scores, labels: 0.5, process_group=group)
     torch.save(found, f"{results}/{rank}.pt")
@@ -53,6 +62,16 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, args=(str(folder / "store"), str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def test_ranks_go_by_name(ranks):
+    """Another order of the modalities on one rank, at the inputs, where they are named by the data alone."""
+    expected = audit(model_of(), data_of(), ignore_index=255)
+    for found in ranks:
+        assert list(found["turned"].share) == ["rgb", "depth"]
+        assert found["turned"].missing.scores == pytest.approx(expected.missing.scores)
+        for m in SPEC:
+            assert found["turned"].share[m] == pytest.approx(expected.share[m], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
