@@ -1,0 +1,52 @@
+"""A hook for MMEngine's ``Runner``."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from modreg_fast.audit import Audit
+from modreg_fast.integrations.measuring import PICTURE, Measure, Measuring, scalars
+
+__all__ = ["ModalityHook"]
+
+
+@HOOKS.register_module()
+class ModalityHook(Hook):
+    """Measures the model every few epochs and logs what it finds, by the runner's ``visualizer``: scalars, and the picture of an audit.
+
+    Every rank measures; with the data of its own, give ``audit`` the ``process_group``.
+
+    Args:
+        measure: ``model -> result`` of :func:`modreg_fast.audit` or :func:`modreg_fast.evaluate_missing`; called at the end of the
+            training epoch with the model, without the wrapper of a distributed run, in ``eval()`` mode.
+        every_n_epochs: after how many epochs, again and again.
+
+    Attributes:
+        results: epoch, counted from 0 -> what was measured after it.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.
+    """
+
+    def __init__(self, measure: Measure, every_n_epochs: int = 1) -> None:
+        self.measuring = Measuring("ModalityHook", measure, every_n_epochs)
+        self.results: dict[int, Any] = {}
+
+    def after_train_epoch(self, runner: Any) -> None:
+        if not self.measuring.due(runner.epoch + 1):
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        result = self.results[runner.epoch] = self.measuring(model)
+        if is_main_process():
+            runner.visualizer.add_scalars(scalars(result), step=runner.epoch + 1)
+            if isinstance(result, Audit):
+                canvas = FigureCanvasAgg(result.plot())
+                canvas.draw()
+                picture = np.array(canvas.buffer_rgba())[..., :3]
+                # A slash would name a folder, and a file in a folder that is missing is not written, without a word.
+                runner.visualizer.add_image(PICTURE.replace("/", "_"), picture, step=runner.epoch + 1)
