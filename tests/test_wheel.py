@@ -121,7 +121,7 @@ def test_the_archives_hold_the_sources_and_nothing_that_lies_about(tmp_path):
     ):
         (folder / stray).parent.mkdir(exist_ok=True)
         (folder / stray).write_text("stray")
-    build = "import sys; from setuptools import build_meta as b; print(b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1]))"
+    build = "import sys; from setuptools import build_meta as b; to = sys.argv[1]; b.build_sdist(to); b.build_wheel(to)"
     listed = []
     for output in (tmp_path / "first", tmp_path / "second"):
         output.mkdir()
