@@ -195,6 +195,55 @@ inline void softmax_fisher_backward(const Tensor& weight, const Tensors& feature
   apart.check();
 }
 
+inline void modality_cross_entropy(const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& present, double label_smoothing, double eps) {
+  modalities(logits, logits.size(), {}, present, eps);
+  const ScalarType type = target.scalar_type();
+  that(type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short || type == ScalarType::Int ||
+           type == ScalarType::Long,
+       "target", "of uint8, int8, int16, int32 or int64");
+  flat(target, logits[0], type, {logits[0].size(0), logits[0].size(2)}, "target");
+  if (weight.has_value()) flat(*weight, logits[0], ScalarType::Double, {logits[0].size(1)}, "weight");
+  that(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing", "in [0, 1]");
+}
+
+inline void modality_cross_entropy_forward(const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                                           const std::optional<Tensor>& present, double label_smoothing, double eps,
+                                           const Tensor& cross_entropy, const Tensor& joint, const Tensor& information,
+                                           const Tensor& weights) {
+  modality_cross_entropy(logits, target, weight, present, label_smoothing, eps);
+  const int64_t count = int64_t(logits.size()), batch = logits[0].size(0);
+  const ScalarType type = accumulation_type(cross_entropy);
+  flat(cross_entropy, logits[0], type, {count, batch}, "cross_entropy");
+  flat(joint, logits[0], type, {batch}, "joint");
+  flat(information, logits[0], type, {count, batch}, "information");
+  flat(weights, logits[0], type, {batch}, "weights");
+  Apart apart;
+  apart.add(logits, false), apart.add(target, false);
+  for (const auto& x : {weight, present})
+    if (x.has_value()) apart.add(*x, false);
+  for (const Tensor& x : {cross_entropy, joint, information, weights}) apart.add(x, true);
+  apart.check();
+}
+
+inline void modality_cross_entropy_backward(const Tensor& to_cross_entropy, const Tensor& to_joint, const Tensor& to_information,
+                                            const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                                            const std::optional<Tensor>& present, double label_smoothing, double eps,
+                                            const Tensors& gradients) {
+  modality_cross_entropy(logits, target, weight, present, label_smoothing, eps);
+  const int64_t count = int64_t(logits.size()), batch = logits[0].size(0);
+  flat(to_cross_entropy, logits[0], ScalarType::Double, {count, batch}, "to_cross_entropy");
+  flat(to_joint, logits[0], ScalarType::Double, {batch}, "to_joint");
+  flat(to_information, logits[0], ScalarType::Double, {count, batch}, "to_information");
+  outputs(gradients, logits, "gradients");
+  Apart apart;
+  apart.add(logits, false), apart.add(target, false), apart.add(gradients, true);
+  for (const auto& x : {weight, present})
+    if (x.has_value()) apart.add(*x, false);
+  for (const Tensor& x : {to_cross_entropy, to_joint, to_information}) apart.add(x, false);
+  apart.check();
+}
+
 inline void gradient_statistics(const Tensors& grads, const Tensors& features, const Tensors& values, const Tensors& masks, double eps) {
   inputs(grads, "grads");
   if (!features.empty()) {

@@ -158,41 +158,65 @@ void run(mrf::Kernel<Problem> kernel, const Problem& problem, int64_t scratch_by
   Barrier{&counter};
 }
 
-// ---- softmax_fisher ----
+// ---- the ops over modalities ----
 
-struct SoftmaxFisherCall {
+template <class Problem>
+struct ModalitiesCall {
   std::vector<Tiling> tilings;
   std::vector<View> features, gradients;
-  mrf::SoftmaxFisher problem{};
+  std::vector<double> partial;
+  Problem problem{};
   int64_t most_channels = 0;
 
-  SoftmaxFisherCall(const Tensors& inputs, const Tensors& masks, const std::optional<Tensor>& present, const std::vector<double>& sigma,
-                    int64_t draws, const std::optional<Tensor>& seed, double eps)
+  ModalitiesCall(const Tensors& inputs, int modalities, const Tensors& masks, const std::optional<Tensor>& present, double eps)
       : features(views_of(inputs)) {
-    problem.modalities = int(sigma.size());
-    problem.scales = int(inputs.size() / sigma.size());
-    STD_TORCH_CHECK(problem.modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
-    problem.units = divide(inputs.data(), problem.scales, masks, problem.modalities, mrf::kMostPixels, !present.has_value(), tilings);
+    STD_TORCH_CHECK(modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
+    problem.modalities = modalities;
+    problem.scales = int(inputs.size()) / modalities;
+    problem.units = divide(inputs.data(), problem.scales, masks, modalities, mrf::kMostPixels, !present.has_value(), tilings);
     problem.neighbours = std::clamp<int64_t>(problem.units / (16 * torch::stable::get_num_threads()), 1, 4);
-    problem.draws = int(draws);
     problem.batch = inputs[0].size(0);
     problem.tilings = tilings.data();
     fold(features);
     problem.features = features.data();
     problem.present = data_or_null<uint8_t>(present);
-    problem.sigma = sigma.data();
-    problem.seed = seed.has_value() ? *data_or_null<uint64_t>(seed) : 0;
     problem.eps = eps;
     for (const Tiling& tiling : tilings) most_channels = std::max(most_channels, tiling.channels);
   }
 
+  void write_to(const Tensors& tensors) {
+    gradients = views_of(tensors);
+    fold(gradients);
+    problem.gradients = gradients.data();
+    populate(tensors);
+  }
+
+  // Room for `sums` numbers a slot.
+  void keep_sums(int64_t sums) {
+    partial.resize(slots() * sums);
+    problem.partial = partial.data();
+  }
+
+  int64_t slots() const { return tilings.back().first_slot + problem.batch * mrf::slots_per_sample(tilings.back()); }
+
+ private:
   // Steps from sample to sample where samples are computed as pixels.
   void fold(std::vector<View>& views) const {
     for (size_t k = 0; k < views.size(); ++k)
       if (tilings[k % tilings.size()].samples_as_pixels) views[k].pixel_stride = views[k].sample_stride;
   }
+};
 
-  int64_t slots() const { return tilings.back().first_slot + problem.batch * mrf::slots_per_sample(tilings.back()); }
+// ---- softmax_fisher ----
+
+struct SoftmaxFisherCall : ModalitiesCall<mrf::SoftmaxFisher> {
+  SoftmaxFisherCall(const Tensors& inputs, const Tensors& masks, const std::optional<Tensor>& present, const std::vector<double>& sigma,
+                    int64_t draws, const std::optional<Tensor>& seed, double eps)
+      : ModalitiesCall(inputs, int(sigma.size()), masks, present, eps) {
+    problem.draws = int(draws);
+    problem.sigma = sigma.data();
+    problem.seed = seed.has_value() ? *data_or_null<uint64_t>(seed) : 0;
+  }
 
   int64_t scratch_bytes() const { return mrf::softmax_fisher_scratch(problem.modalities, most_channels); }
 };
@@ -220,9 +244,8 @@ void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tenso
                             std::optional<Tensor> seed, double eps, Tensor information, Tensor counts) {
   mrf::check::softmax_fisher_forward(features, masks, present, sigma, draws, seed, eps, information, counts);
   SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
-  std::vector<double> partial(call.slots() * call.problem.modalities);
   std::vector<int64_t> valid(call.slots());
-  call.problem.partial = partial.data();
+  call.keep_sums(call.problem.modalities);
   call.problem.valid = valid.data();
   run(mrf::instruction_set().kernels->softmax_fisher_forward, call.problem, call.scratch_bytes());
   auto* out_counts = static_cast<int64_t*>(flat_view_of(counts).data);
@@ -238,13 +261,88 @@ void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std
                              int64_t draws, std::optional<Tensor> seed, bool detach_reference, double eps, Tensors gradients) {
   mrf::check::softmax_fisher_backward(weight, features, masks, present, sigma, draws, seed, eps, gradients);
   SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
-  call.gradients = views_of(gradients);
-  call.fold(call.gradients);
-  call.problem.gradients = call.gradients.data();
+  call.write_to(gradients);
   call.problem.weight = static_cast<const double*>(flat_view_of(weight).data);
   call.problem.detach_reference = detach_reference;
-  populate(gradients);
   run(mrf::instruction_set().kernels->softmax_fisher_backward, call.problem, call.scratch_bytes());
+}
+
+// ---- modality_cross_entropy ----
+
+mrf::Integer integer_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Byte: return mrf::Integer::uint8;
+    case ScalarType::Char: return mrf::Integer::int8;
+    case ScalarType::Short: return mrf::Integer::int16;
+    case ScalarType::Int: return mrf::Integer::int32;
+    case ScalarType::Long: return mrf::Integer::int64;
+    default: STD_TORCH_CHECK(false, "modreg_fast_native: unexpected dtype of the target"); return mrf::Integer::int64;
+  }
+}
+
+struct ModalityCrossEntropyCall : ModalitiesCall<mrf::ModalityCrossEntropy> {
+  ModalityCrossEntropyCall(const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& present, int64_t ignore_index, double label_smoothing, double eps)
+      : ModalitiesCall(logits, int(logits.size()), {}, present, eps) {
+    problem.target_type = integer_of(target);
+    problem.target = flat_view_of(target).data;
+    problem.ignore_index = ignore_index;
+    problem.label_smoothing = label_smoothing;
+    problem.class_weight = data_or_null<double>(weight);
+    for (int64_t c = 0; c < most_channels; ++c) problem.all_weights += problem.class_weight ? problem.class_weight[c] : 1;
+  }
+
+  int64_t scratch_bytes() const { return mrf::modality_cross_entropy_scratch(problem.modalities, most_channels); }
+};
+
+// Sums `first` to `first + count - 1` of every sample.
+void write_sums(const ModalityCrossEntropyCall& call, int64_t first, int64_t count, const Tensor& sums) {
+  const mrf::ModalityCrossEntropy& problem = call.problem;
+  const int64_t slots = mrf::slots_per_sample(call.tilings[0]), all = 2 * problem.modalities + 2;
+  void* out = flat_view_of(sums).data;
+  const bool wide = dtype_of(sums) == DType::float64;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t b = 0; b < problem.batch; ++b) {
+      double sum = 0;
+      for (int64_t slot = b * slots; slot < (b + 1) * slots; ++slot) sum += problem.partial[slot * all + first + k];
+      const int64_t i = k * problem.batch + b;
+      wide ? static_cast<double*>(out)[i] = sum : static_cast<float*>(out)[i] = float(sum);
+    }
+}
+
+// weight (C), float64. Whether a target is out of range; there is no result then.
+bool modality_cross_entropy_forward(Tensors logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> present,
+                                    int64_t ignore_index, double label_smoothing, double eps, Tensor cross_entropy, Tensor joint,
+                                    Tensor information, Tensor weights) {
+  mrf::check::modality_cross_entropy_forward(logits, target, weight, present, label_smoothing, eps, cross_entropy, joint, information,
+                                             weights);
+  ModalityCrossEntropyCall call(logits, target, weight, present, ignore_index, label_smoothing, eps);
+  const int64_t modalities = call.problem.modalities;
+  bool out_of_range = false;
+  call.keep_sums(2 * modalities + 2);
+  call.problem.out_of_range = &out_of_range;
+  run(mrf::instruction_set().kernels->modality_cross_entropy_forward, call.problem, call.scratch_bytes());
+  if (out_of_range) return true;
+  write_sums(call, 0, modalities, cross_entropy);
+  write_sums(call, modalities, modalities, information);
+  write_sums(call, 2 * modalities, 1, joint);
+  write_sums(call, 2 * modalities + 1, 1, weights);
+  return false;
+}
+
+// The upstream gradients (M, B), (B), (M, B) are float64.
+void modality_cross_entropy_backward(Tensor to_cross_entropy, Tensor to_joint, Tensor to_information, Tensors logits, Tensor target,
+                                     std::optional<Tensor> weight, std::optional<Tensor> present, int64_t ignore_index,
+                                     double label_smoothing, double eps, Tensors gradients) {
+  mrf::check::modality_cross_entropy_backward(to_cross_entropy, to_joint, to_information, logits, target, weight, present,
+                                              label_smoothing, eps, gradients);
+  ModalityCrossEntropyCall call(logits, target, weight, present, ignore_index, label_smoothing, eps);
+  call.write_to(gradients);
+  call.problem.to_cross_entropy = static_cast<const double*>(flat_view_of(to_cross_entropy).data);
+  call.problem.to_joint = static_cast<const double*>(flat_view_of(to_joint).data);
+  call.problem.to_information = static_cast<const double*>(flat_view_of(to_information).data);
+  run(mrf::instruction_set().kernels->modality_cross_entropy_backward, call.problem, call.scratch_bytes());
 }
 
 // ---- gradient_statistics ----
@@ -347,12 +445,20 @@ STABLE_TORCH_LIBRARY(modreg_fast_native, m) {
       "gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensor[] fisher_map_grads, "
       "Tensor[] attribution_map_grads, Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, "
       "Tensor(a!)[] to_grads, Tensor(b!)[] to_features, Tensor(c!)[] to_values) -> ()");
+  m.def(
+      "modality_cross_entropy_forward(Tensor[] logits, Tensor target, Tensor? weight, Tensor? present, int ignore_index, "
+      "float label_smoothing, float eps, Tensor(a!) cross_entropy, Tensor(b!) joint, Tensor(c!) information, Tensor(d!) weights) -> bool");
+  m.def(
+      "modality_cross_entropy_backward(Tensor to_cross_entropy, Tensor to_joint, Tensor to_information, Tensor[] logits, Tensor target, "
+      "Tensor? weight, Tensor? present, int ignore_index, float label_smoothing, float eps, Tensor(a!)[] gradients) -> ()");
   m.def("cpu_instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CPU, m) {
   m.impl("softmax_fisher_forward", TORCH_BOX(&softmax_fisher_forward));
   m.impl("softmax_fisher_backward", TORCH_BOX(&softmax_fisher_backward));
+  m.impl("modality_cross_entropy_forward", TORCH_BOX(&modality_cross_entropy_forward));
+  m.impl("modality_cross_entropy_backward", TORCH_BOX(&modality_cross_entropy_backward));
   m.impl("gradient_statistics_forward", TORCH_BOX(&gradient_statistics_forward));
   m.impl("gradient_statistics_backward", TORCH_BOX(&gradient_statistics_backward));
 }

@@ -46,21 +46,43 @@ static inline Unit locate(const Tiling* tilings, int count, int64_t unit) {
 
 constexpr int kMaxModalities = 64;
 
-struct SoftmaxFisher {
-  int modalities, scales, draws;
+// What the ops over modalities have in common. The features of cross entropies are their logits.
+struct OverModalities {
+  int modalities, scales;
   int64_t batch, units;
   int64_t neighbours;         // units that a thread takes at a time
   const Tiling* tilings;      // [scales]
   const View* features;       // [modalities * scales], modality first
   const View* gradients;      // the same, backward only
   const uint8_t* present;     // (B, M) or null
+  double eps;
+  double* partial;            // [slots][sums of the op], forward only: over the valid pixels of a unit; starts as 0
+};
+
+struct SoftmaxFisher : OverModalities {
+  int draws;
   const double* sigma;        // [modalities]
   uint64_t seed;
-  double eps;
   bool detach_reference;
   const double* weight;       // (M, S, B), backward only: upstream gradient / (valid pixels * draws)
-  double* partial;            // [slots][modalities], forward only: sum of I over the valid pixels and draws of a unit; starts as 0
-  int64_t* valid;             // [slots], forward only: valid pixels
+  int64_t* valid;             // [slots], forward only: valid pixels. Sums: I of every modality, over the draws
+};
+
+enum class Integer : int { uint8, int8, int16, int32, int64 };
+
+struct ModalityCrossEntropy : OverModalities {
+  Integer target_type;
+  const void* target;         // (B, P)
+  int64_t ignore_index;
+  double label_smoothing;
+  const double* class_weight; // [channels] or null: 1
+  double all_weights;         // sum of the class weights
+  // Backward: upstream gradients of the sums.
+  const double* to_cross_entropy;  // (M, B)
+  const double* to_joint;          // (B)
+  const double* to_information;    // (M, B)
+  // Forward. Sums: the cross entropy of every modality, the information of every modality, the joint cross entropy, the weights.
+  bool* out_of_range;         // set where a target is no class
 };
 
 struct GradientStatistics {
@@ -93,10 +115,11 @@ using Kernel = void (*)(const Problem&, int64_t* counter, void* scratch);
 
 struct Kernels {
   Kernel<SoftmaxFisher> softmax_fisher_forward, softmax_fisher_backward;
+  Kernel<ModalityCrossEntropy> modality_cross_entropy_forward, modality_cross_entropy_backward;
   Kernel<GradientStatistics> gradient_statistics_forward, gradient_statistics_backward;
 };
 
-// Bytes of a scratch row of softmax_fisher, one channel of a group of pixels: at most 32 pixels, in double.
+// Bytes of a scratch row, one channel of a group of pixels: at most 32 pixels, in double.
 constexpr int64_t kRowBytes = 32 * 8;
 
 // Scratch of softmax_fisher: the statistics of every modality, the sums of a strip of pixels, and the rows of a group.
@@ -105,6 +128,11 @@ constexpr int64_t kModalityBytes = 10 * kRowBytes;
 constexpr int64_t strip_bytes(int64_t modalities) { return (5 + 8 * modalities) * kMostPixels * sizeof(double); }
 constexpr int64_t softmax_fisher_scratch(int64_t modalities, int64_t channels) {
   return modalities * kModalityBytes + strip_bytes(modalities) + (4 + 2 * modalities) * channels * kRowBytes;
+}
+
+// Scratch of modality_cross_entropy: the sums of a strip of pixels and in all, and the rows of a group, as read, as written, and of zeros.
+constexpr int64_t modality_cross_entropy_scratch(int64_t modalities, int64_t channels) {
+  return (8 + 9 * modalities) * kMostPixels * int64_t(sizeof(double)) + (2 + 2 * modalities) * 64 + (1 + 2 * modalities) * channels * kRowBytes;
 }
 
 // Scratch of gradient_statistics: four numbers per pixel of a tile.

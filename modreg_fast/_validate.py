@@ -73,6 +73,14 @@ def same(x: Tensor, other: Tensor, function: str, argument: str, reference: str)
         fail(function, argument, f"on the device {other.device} of {reference}", x.device)
 
 
+def present(x: object, batch: int, modalities: int, device: torch.device, function: str) -> Tensor:
+    """Which sample has which modality: ``(B, M)`` bool."""
+    x = tensor(x, function, "present", dtypes=(torch.bool,))
+    if x.shape != (batch, modalities) or x.device != device:
+        fail(function, "present", f"of shape {(batch, modalities)} on {device}", f"{shape(x)} on {x.device}")
+    return x
+
+
 def number(x: object, function: str, argument: str) -> float:
     """A finite number of at least 0."""
     if isinstance(x, bool) or not isinstance(x, Real):

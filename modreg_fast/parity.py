@@ -16,7 +16,9 @@ from torch import Tensor
 
 from modreg_fast import functional
 from modreg_fast._output import to_json
-from modreg_fast.backends import backends, resolve
+from modreg_fast.backends import backends, computes, resolve
+
+OPS = ("softmax_fisher", "gradient_statistics", "modality_cross_entropy")
 
 # Allowed, in values and in gradients. In 16 bits a gradient is rounded once more: by half a unit in the last place.
 _ALLOWED = {
@@ -38,6 +40,7 @@ class Problem:
     channels_last: bool = False
     masked: bool = False
     sigma: float = 0.0
+    label_smoothing: float = 0.0
     scale: float = 1.0
 
     @property
@@ -46,6 +49,7 @@ class Problem:
         options += ["channels last"] if self.channels_last else []
         options += ["masked"] if self.masked else []
         options += [f"sigma {self.sigma}"] if self.sigma else []
+        options += [f"label smoothing {self.label_smoothing}"] if self.label_smoothing else []
         options += [f"{self.scale:g} times as large"] if self.scale != 1.0 else []
         return ", ".join(options)
 
@@ -53,11 +57,11 @@ class Problem:
 def problems(quick: bool = False) -> Iterator[Problem]:
     """Every dtype, layout, and size class of channels; pixels that fill no tile. ``quick``: one of each op and dtype."""
     if quick:
-        for op in ("softmax_fisher", "gradient_statistics"):
+        for op in OPS:
             for dtype in _ALLOWED:
                 yield Problem(op, (2, 19, 5, 7), dtype, masked=True, sigma=0.5 * (op == "softmax_fisher"))
         return
-    for op in ("softmax_fisher", "gradient_statistics"):
+    for op in OPS:
         for dtype in _ALLOWED:
             for channels_last in (False, True):
                 yield Problem(op, (2, 19, 15, 17), dtype, channels_last=channels_last, masked=True)
@@ -67,8 +71,10 @@ def problems(quick: bool = False) -> Iterator[Problem]:
         yield Problem(op, (2, 19, 8, 8), modalities=4, masked=True)
     for dtype in _ALLOWED:
         yield Problem("softmax_fisher", (2, 19, 5, 7), dtype, sigma=0.5)
+        yield Problem("modality_cross_entropy", (2, 19, 5, 7), dtype, masked=True, label_smoothing=0.1)
     yield Problem("softmax_fisher", (2, 7, 33), channels_last=True, masked=True, sigma=0.5, modalities=3)
     yield Problem("softmax_fisher", (2, 19, 12, 16), scale=5.0)
+    yield Problem("modality_cross_entropy", (2, 19, 12, 16), scale=30.0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def check(problem: Problem, backend: str, device: torch.device) -> Result:
         tensors = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in tensors]
     maps = [random(batch, *spatial).abs().add(0.1).to(device, torch.float32) for _ in range(problem.modalities)]
     mask = (random(batch, *spatial) > -0.5).to(device) if problem.masked else None
+    classes = torch.randint(channels, (batch, *spatial), generator=generator).to(device)
 
     def outputs(inputs: list[Tensor], name: str) -> list[Tensor]:
         if problem.op == "softmax_fisher":
@@ -108,6 +115,12 @@ def check(problem: Problem, backend: str, device: torch.device) -> Result:
                     [[x] for x in inputs], mask=mask, sigma=problem.sigma, samples=2, seed=7, backend=name
                 )
             ]
+        if problem.op == "modality_cross_entropy":
+            target = torch.where(mask, classes, 255) if mask is not None else classes
+            sums = functional.modality_cross_entropy(
+                inputs, target, ignore_index=255, label_smoothing=problem.label_smoothing, backend=name
+            )
+            return list(sums[:3])
         half = problem.modalities
         values = [f.to(inputs[0].dtype if inputs[0].dtype == torch.float64 else f.dtype) for f in maps]
         result = functional.gradient_statistics(inputs[:half], inputs[half:], values, mask=mask, backend=name)
@@ -118,7 +131,11 @@ def check(problem: Problem, backend: str, device: torch.device) -> Result:
         results = outputs(inputs, name)
         # So large that gradients of single elements are about 1: float16 holds neither much smaller nor much larger ones.
         size = tensors[0][0].numel()
-        scales = [size] if problem.op == "softmax_fisher" else [size / channels, size**0.5]
+        scales = {
+            "softmax_fisher": [size],
+            "gradient_statistics": [size / channels, size**0.5],
+            "modality_cross_entropy": [1.0, 1.0, 1.0],
+        }[problem.op]
         upstream = [
             scale * torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=device).view(x.shape)
             for scale, x in zip(scales, results, strict=True)
@@ -166,7 +183,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"modreg-fast parity: backend {options.backend!r} is not usable here: {status.detail}", file=sys.stderr)
         return 2
     device = torch.device("cuda" if options.backend != "cpu" and torch.cuda.is_available() else "cpu")
-    results = [check(problem, options.backend, device) for problem in problems(options.quick)]
+    found = [problem for problem in problems(options.quick) if computes(options.backend, problem.op)]
+    results = [check(problem, options.backend, device) for problem in found]
     failed = [result for result in results if not result.passed]
     if options.json:
         report: dict[str, Any] = {"backend": options.backend, "detail": status.detail, "device": str(device)}

@@ -147,6 +147,47 @@ def gradient_statistics(g, e=None, f=None, mask=None, eps=EPS, upstream=None):
     return out
 
 
+# ---- modality_cross_entropy ----
+
+
+def modality_cross_entropy(logits, target, weight=None, ignore_index=-100, smoothing=0.0, present=None, eps=EPS, upstream=None):
+    """``logits[m]`` ``(B, C, *spatial)``, ``target`` ``(B, *spatial)``: cross entropy ``(M, B)``, joint ``(B,)``, information ``(M, B)``
+    and weights ``(B,)``, as sums, and from an ``upstream`` of the first three the gradients ``[m]``. Pixel by pixel."""
+    shape, modalities = logits[0].shape, len(logits)
+    batch, classes = shape[:2]
+    logits, target = [x.reshape(batch, classes, -1) for x in logits], target.reshape(batch, -1)
+    w = np.ones(classes) if weight is None else np.asarray(weight, dtype=np.float64)
+    sums = np.zeros((modalities, batch)), np.zeros(batch), np.zeros((modalities, batch)), np.zeros(batch)
+    to_logits = [np.zeros_like(x) for x in logits]
+    for b, i in itertools.product(range(batch), range(target.shape[1])):
+        held = [m for m in range(modalities) if present is None or present[b, m]]
+        y = int(target[b, i])
+        if y == ignore_index or not held:
+            continue
+        t = smoothing / classes * w
+        t[y] += (1 - smoothing) * w[y]
+        use = t > 0
+        sums[3][b] += w[y]
+        log_q = log_softmax(np.mean([logits[m][b, :, i] for m in held], axis=0)[:, None])[:, 0]
+        sums[1][b] -= (t[use] * log_q[use]).sum()
+        for m in held:
+            log_p = log_softmax(logits[m][b, :, i][:, None])[:, 0]
+            p, ce = np.exp(log_p), -(t[use] * log_p[use]).sum()
+            g = t.sum() * p - t
+            sums[0][m, b] += ce
+            sums[2][m, b] += (g**2).sum() / (ce + eps)
+            if upstream is not None:
+                u, joint, v = upstream[0][m, b], upstream[1][b] / len(held), upstream[2][m, b]
+                slope = u - v * (g**2).sum() / (ce + eps) ** 2  # of ce; g depends on p on its own
+                through_p = v * 2 * t.sum() * g / (ce + eps)
+                to_logits[m][b, :, i] = (
+                    slope * g + p * (through_p - (p * through_p).sum()) + joint * (t.sum() * np.exp(log_q) - t)
+                )
+    if upstream is None:
+        return sums
+    return sums, [x.reshape(shape) for x in to_logits]
+
+
 # ---- penalties ----
 
 

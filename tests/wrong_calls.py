@@ -75,6 +75,30 @@ def raw_statistics_backward():
     return {**weights, **maps, **raw_statistics(), **written}
 
 
+def raw_cross_entropy():
+    logits, target = [floats(B, C, P) for _ in range(M)], torch.randint(C, (B, P))
+    options = {
+        "weight": floats(C).double().abs(),
+        "present": bools(B, M),
+        "ignore_index": -100,
+        "label_smoothing": 0.1,
+        "eps": 1e-8,
+    }
+    return {"logits": logits, "target": target, **options}
+
+
+def raw_cross_entropy_forward():
+    sums = {"cross_entropy": floats(M, B), "joint": floats(B), "information": floats(M, B), "weights": floats(B)}
+    return {**raw_cross_entropy(), **sums}
+
+
+def raw_cross_entropy_backward():
+    upstream = {"to_cross_entropy": floats(M, B), "to_joint": floats(B), "to_information": floats(M, B)}
+    upstream = {name: x.double() for name, x in upstream.items()}
+    return {**upstream, **raw_cross_entropy(), "gradients": [floats(B, C, P) for _ in range(M)]}
+
+
+CROSS_ENTROPY = {"target": "labels", "weight": "optional", "present": "optional", "label_smoothing": "number", "eps": "number"}
 OPTIONS = {"present": "optional", "sigma": "sigma", "eps": "number"}
 
 
@@ -173,6 +197,55 @@ def targets() -> dict[str, Target]:
                 "eps": "number",
             },
             public=False,
+        ),
+        "native.modality_cross_entropy_forward": Target(
+            native.modality_cross_entropy_forward,
+            raw_cross_entropy_forward,
+            {
+                **CROSS_ENTROPY,
+                "logits": "tensors",
+                **dict.fromkeys(("cross_entropy", "joint", "information", "weights"), "tensor"),
+            },
+            public=False,
+        ),
+        "native.modality_cross_entropy_backward": Target(
+            native.modality_cross_entropy_backward,
+            raw_cross_entropy_backward,
+            {
+                **CROSS_ENTROPY,
+                **dict.fromkeys(("logits", "gradients"), "tensors"),
+                **dict.fromkeys(("to_cross_entropy", "to_joint", "to_information"), "tensor"),
+            },
+            public=False,
+        ),
+        "modality_cross_entropy": Target(
+            functional.modality_cross_entropy,
+            lambda: {
+                **{"logits": list(maps_of().values()), "target": torch.randint(C, (B, 4, 6)), "present": bools(B, M)},
+                **{"weight": floats(C).abs(), "ignore_index": 255, "label_smoothing": 0.1, "channel_dim": 1, "eps": 1e-8},
+            },
+            {**CROSS_ENTROPY, "logits": "tensors", "ignore_index": "none", "channel_dim": "dim"},
+        ),
+        "ModalityCrossEntropy": Target(
+            lambda logits, target, joint, present, **options: mrf.ModalityCrossEntropy(**options)(
+                logits, target, joint=joint, present=present
+            ),
+            lambda: {
+                **{"logits": maps_of(), "target": torch.randint(C, (B, 4, 6)), "joint": floats(B, C, 4, 6)},
+                **{"present": bools(B, M), "weight": 1.0, "label_smoothing": 0.1, "objective": "log", "eps": 1e-8},
+            },
+            {
+                **{"logits": "mapping", "target": "labels", "joint": "optional", "present": "optional", "weight": "weight"},
+                **{"label_smoothing": "number", "objective": "choice", "eps": "number"},
+            },
+        ),
+        "each_alone": Target(mrf.each_alone, lambda: {"head": Model(), "features": batch()[0]}, {"features": "none"}),
+        "ModalityHeads": Target(
+            lambda joint, features, present: mrf.ModalityHeads(joint, {"rgb": nn.Linear(5, 3), "depth": nn.Linear(4, 3)}).eval()(
+                features, present=present
+            ),
+            lambda: {"joint": Model(), "features": batch()[0], "present": bools(4, M)},
+            {"joint": "object", "features": "none", "present": "optional"},
         ),
         "softmax_fisher_information": Target(
             functional.softmax_fisher_information,

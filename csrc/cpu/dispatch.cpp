@@ -3,15 +3,17 @@
 #include <cstdlib>
 #include <cstring>
 
-#define MRF_DECLARE(isa)                                                                        \
-  namespace isa {                                                                               \
-  extern const Kernel<SoftmaxFisher> softmax_fisher_forward, softmax_fisher_backward;           \
-  extern const Kernel<GradientStatistics> gradient_statistics_forward, gradient_statistics_backward; \
-  static const Kernels& kernels() {                                                             \
-    static const Kernels all{softmax_fisher_forward, softmax_fisher_backward,                   \
-                             gradient_statistics_forward, gradient_statistics_backward};        \
-    return all;                                                                                 \
-  }                                                                                             \
+#define MRF_DECLARE(isa)                                                                                   \
+  namespace isa {                                                                                          \
+  extern const Kernel<SoftmaxFisher> softmax_fisher_forward, softmax_fisher_backward;                      \
+  extern const Kernel<ModalityCrossEntropy> modality_cross_entropy_forward, modality_cross_entropy_backward; \
+  extern const Kernel<GradientStatistics> gradient_statistics_forward, gradient_statistics_backward;       \
+  static const Kernels& kernels() {                                                                        \
+    static const Kernels all{softmax_fisher_forward,         softmax_fisher_backward,                      \
+                             modality_cross_entropy_forward, modality_cross_entropy_backward,              \
+                             gradient_statistics_forward,    gradient_statistics_backward};                \
+    return all;                                                                                            \
+  }                                                                                                        \
   }
 
 namespace mrf {

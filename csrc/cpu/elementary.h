@@ -111,6 +111,13 @@ MRF_INLINE V<T> log(V<T> x) {
   return x < infinity ? y : x;
 }
 
+// log(1 + x) for x >= 0 without what the sum rounds away; NaN stays NaN.
+template <class T>
+MRF_INLINE V<T> log_of_1_plus(V<T> x) {
+  const V<T> sum = x + T(1), gained = sum - T(1);
+  return gained == T(0) ? x : log<T>(sum) * (x / gained);
+}
+
 // sin and cos of `turns` full turns, turns in [0, 1]: the nearest quarter turn, then Taylor series within an eighth of a turn.
 template <class T>
 MRF_INLINE void sincos_turns(V<T> turns, V<T>& sine, V<T>& cosine) {

@@ -19,38 +19,28 @@ namespace mrf {
 namespace MRF_ISA {
 namespace {
 
-// The modalities that sample b has.
-inline int active_modalities(const SoftmaxFisher& problem, int64_t sample, int* active) {
-  int count = 0;
-  for (int m = 0; m < problem.modalities; ++m)
-    if (problem.present == nullptr || problem.present[sample * problem.modalities + m]) active[count++] = m;
-  return count;
-}
-
 // A unit: whole groups of contiguous pixels as one strip of rows in place; all else (channels last, the last pixels, noise, and what the
 // strip leaves) by groups that are copied to rows of scratch, each a strip if it can be.
 template <class T, bool Backward>
-class Work {
+class Work : ModalityUnit<T, SoftmaxFisher> {
+  using Base = ModalityUnit<T, SoftmaxFisher>;
+  using Base::active_, Base::in_rows_, Base::index_, Base::later_, Base::next_, Base::pixels, Base::problem_, Base::tiling_, Base::unit_;
+  using Base::width;
+
  public:
-  // `next`, `later`: the two units that the thread takes after this one; without pixels where there is none. `found`: see Strip.
+  // `found`: see Strip.
   Work(const SoftmaxFisher& problem, const Unit& unit, const Unit& next, const Unit& later, char* scratch, const void*& found)
-      : problem_(problem),
-        unit_(unit),
-        next_(next),
-        later_(later),
-        tiling_(problem.tilings[unit.tiling]),
-        active_(active_modalities(problem, unit.sample, index_)),
+      : Base(problem, unit, next, later),
         modalities_((Modality<T>*)scratch),
         strip_(problem, tiling_.channels, active_, scratch += problem.modalities * kModalityBytes, found),
         group_(problem, tiling_.channels, (T*)(scratch += strip_bytes(problem.modalities))) {
     for (int a = 0; a < active_; ++a) {
       Modality<T>& s = modalities_[a];
-      s.tensor = index_[a] * problem.scales + unit.tiling;
+      s.tensor = this->tensor(a);
       s.sigma = problem.sigma[index_[a]];
       s.repeats = s.sigma > 0 ? 1 : T(problem.draws);  // without noise every draw is the same
       s.information = {};
       noisy_ = noisy_ || s.sigma > 0;
-      in_rows_ = in_rows_ && problem.features[s.tensor].pixel_stride == 1;
       if (Backward && !tiling_.samples_as_pixels)
         for (V<T>& lanes : s.weight.lanes) lanes = broadcast(s.repeats * T(problem.weight[s.tensor * problem.batch + unit.sample]));
     }
@@ -64,36 +54,30 @@ class Work {
       with_storage<T>(tiling_.dtype, [&](auto* type) { pixel = strip_in_place<std::remove_pointer_t<decltype(type)>>(); });
     while (computes && pixel < unit_.end) pixel = copied(pixel, !noisy_);
     if constexpr (Backward)
-      clear_others(computes ? active_ : 0);
+      this->clear_others(computes ? active_ : 0, group_.noisy());
     else if (!tiling_.samples_as_pixels)
       write_sums(valid_pixels);
   }
 
  private:
-  static constexpr int width = kGroup;
-
   // Each of these computes pixels from some pixel on and returns the pixel after them.
 
   template <class Storage>
   int64_t strip_in_place() {
-    const int64_t end = unit_.begin + (unit_.end - unit_.begin) / width * width;
-    Rows<const Storage> from;
+    const int64_t end = this->whole_groups();
+    Rows<const Storage> from = this->template features<Storage>();
     Rows<Storage> to;
-    bool streams = true;
+    bool streams = false;
+    if constexpr (Backward) to = this->template gradients<Storage>(streams);
     if (next_.tiling == unit_.tiling && (next_.sample == unit_.sample || !problem_.present) && next_.end - next_.begin <= end - unit_.begin)
       from.next_pixels = (next_.end - next_.begin) / width * width;
     const bool prefetches = later_.tiling == unit_.tiling && later_.begin < later_.end;
     for (int a = 0; a < active_; ++a) {
-      const int tensor = modalities_[a].tensor;
-      const View& features = problem_.features[tensor];
-      from.data[a] = at<const Storage>(features, unit_), from.stride[a] = features.channel_stride;
+      const View& features = problem_.features[modalities_[a].tensor];
       if (from.next_pixels > 0) from.next[a] = at<const Storage>(features, next_) - from.data[a];
       const int64_t next_block = from.next[a] + Strip<T, Backward>::block * from.stride[a];
       const Storage* ahead = prefetches ? at<const Storage>(features, later_) : from.data[a] + next_block;
       from.ahead[a] = {(const char*)ahead, from.stride[a] * int64_t(sizeof(Storage))};
-      if (!Backward) continue;
-      to.data[a] = at<Storage>(problem_.gradients[tensor], unit_), to.stride[a] = problem_.gradients[tensor].channel_stride;
-      streams = streams && aligned<T>(to.data[a], to.stride[a]);
     }
     bool done[kMostPixels / width];
     strip(from, to, streams, unit_.begin, end, done);
@@ -111,9 +95,7 @@ class Work {
     for (int a = 0; a < active_; ++a) {
       from.data[a] = group_.features(a), to.data[a] = group_.gradients(a, active_);
       from.stride[a] = to.stride[a] = width;
-      const View& features = problem_.features[modalities_[a].tensor];
-      gather<T>(tiling_.dtype, features, unit_.sample, pixel, tiling_.channels, pixels(pixel), group_.features(a));
-      modalities_[a].ahead = from.ahead[a] = after_group(features, pixel);
+      modalities_[a].ahead = from.ahead[a] = this->gather(a, pixel, group_.features(a));
     }
     bool done = false;
     if (strips) strip(from, to, false, pixel, pixel + width, &done);
@@ -122,21 +104,8 @@ class Work {
       group_.any_number(modalities_, active_, valid, noise_blocks(pixel));
       keep_information(pixel, valid);
     }
-    for (int a = 0; Backward && a < active_; ++a) scatter(modalities_[a].tensor, pixel, to.data[a]);
+    for (int a = 0; Backward && a < active_; ++a) this->scatter(modalities_[a].tensor, pixel, to.data[a]);
     return pixel + width;
-  }
-
-  // What is copied after the group at `pixel`.
-  Ahead after_group(const View& features, int64_t pixel) const {
-    Ahead ahead;
-    with_storage<T>(tiling_.dtype, [&](auto* type) {
-      using Storage = std::remove_pointer_t<decltype(type)>;
-      const bool same_unit = pixel + width < unit_.end || next_.tiling != unit_.tiling;
-      const Storage* here = at<const Storage>(features, unit_) + (pixel + width - unit_.begin) * features.pixel_stride;
-      ahead.data = (const char*)(same_unit ? here : at<const Storage>(features, next_));
-      ahead.stride = (features.pixel_stride == 1 ? features.channel_stride : width) * sizeof(Storage);
-    });
-    return ahead;
   }
 
   // Pixels from `begin` to `end`, a multiple of a group; which groups are done.
@@ -153,10 +122,6 @@ class Work {
       }
     }
     if constexpr (Backward) strip_.gradients(from, to, end - begin, streams);
-  }
-
-  void scatter(int tensor, int64_t pixel, const T* rows) {
-    MRF_ISA::scatter<T>(tiling_.dtype, problem_.gradients[tensor], unit_.sample, pixel, tiling_.channels, pixels(pixel), rows);
   }
 
   // Samples that are computed as pixels have a weight each.
@@ -192,61 +157,30 @@ class Work {
     }
   }
 
-  // Zero gradients to all but the first `count` of the active modalities.
-  void clear_others(int count) {
-    if (count == problem_.modalities) return;
-    T* zeros = group_.noisy();
-    __builtin_memset(zeros, 0, tiling_.channels * width * sizeof(T));
-    for (int m = 0, a = 0; m < problem_.modalities; ++m) {
-      if (a < count && index_[a] == m) {
-        ++a;
-        continue;
-      }
-      for (int64_t pixel = unit_.begin; pixel < unit_.end; pixel += width) scatter(m * problem_.scales + unit_.tiling, pixel, zeros);
-    }
-  }
-
   NoiseBlocks noise_blocks(int64_t pixel) const {
     const int64_t blocks = (tiling_.channels + 3) / 4, lane_step = tiling_.samples_as_pixels ? blocks : 1;
     return {unit_.sample * blocks * tiling_.pixels + pixel * lane_step, lane_step, tiling_.samples_as_pixels ? 1 : tiling_.pixels};
   }
 
-  int pixels(int64_t pixel) const { return int(unit_.end - pixel < width ? unit_.end - pixel : width); }
-
   Valid<T> valid(int64_t pixel) const {
     return valid_pixels<T>(tiling_.mask ? tiling_.mask + unit_.sample * tiling_.pixels + pixel : nullptr, pixels(pixel));
   }
 
-  const SoftmaxFisher& problem_;
-  const Unit &unit_, &next_, &later_;
-  const Tiling& tiling_;
-  int index_[kMaxModalities];
-  const int active_;
   Modality<T>* const modalities_;
   Strip<T, Backward> strip_;
   Group<T, Backward> group_;
-  bool noisy_ = false, in_rows_ = true;
+  bool noisy_ = false;
 };
 
 template <bool Backward>
 void run(const SoftmaxFisher& problem, int64_t* counter, void* scratch) {
-  const auto after = [&](int64_t unit) {
-    return (unit + 1) % problem.neighbours ? unit + 1 : problem.neighbours * __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-  };
   const void* found = nullptr;
-  int64_t unit = after(-1), next = after(unit);
-  while (unit < problem.units) {
-    // Where units are few, none is taken so early that another thread may have nothing to do.
-    const int64_t later = problem.neighbours > 1 ? after(next) : problem.units;
-    const Unit here = locate(problem.tilings, problem.scales, unit), none = {here.tiling, here.sample, here.begin, here.begin};
-    const Unit there = next < problem.units ? locate(problem.tilings, problem.scales, next) : none;
-    const Unit then = later < problem.units ? locate(problem.tilings, problem.scales, later) : none;
-    if (problem.tilings[here.tiling].dtype == DType::float64)
-      Work<double, Backward>(problem, here, there, then, (char*)scratch, found).run();
+  for_units(problem, counter, [&](const Unit& unit, const Unit& next, const Unit& later) {
+    if (problem.tilings[unit.tiling].dtype == DType::float64)
+      Work<double, Backward>(problem, unit, next, later, (char*)scratch, found).run();
     else
-      Work<float, Backward>(problem, here, there, then, (char*)scratch, found).run();
-    unit = next, next = problem.neighbours > 1 ? later : after(next);
-  }
+      Work<float, Backward>(problem, unit, next, later, (char*)scratch, found).run();
+  });
   if constexpr (Backward) finish_streams();
 }
 

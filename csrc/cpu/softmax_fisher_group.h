@@ -7,7 +7,7 @@
 // Work: pixels are lanes; a group is two registers of floats, which hides the latency of the exponential.
 #pragma once
 
-#include "rows.h"
+#include "strip.h"
 
 namespace mrf {
 namespace MRF_ISA {
@@ -64,11 +64,6 @@ struct Sums {
     for (int v = 0; v < kVectors<T>; ++v) all[v] += part[v], part[v] = V<T>{};
   }
 };
-
-template <class T>
-MRF_INLINE V<T> mean_of(V<T> total, int count) {  // the inverse of a power of two is exact
-  return count & (count - 1) ? total / T(count) : total * (T(1) / T(count));
-}
 
 template <class T, bool Backward>
 class Group {

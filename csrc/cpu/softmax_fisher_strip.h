@@ -11,8 +11,7 @@
 //   sum p_m (p_m - q)   = (A + B - r (B + Q)) / (S + G)^2
 //
 // Nearly equal modalities have nearly equal maxima, so g is small where p_m - q is, and little cancels; statistics() finds the pixels
-// where much does, and leaves them to Group. Two modalities need two exponentials, not three: with h_m = exp((x_m - max x_m) / 2),
-// e_m = h_m^2 and e_R = k h_0 h_1, where k = exp((max x_0 + max x_1) / 2 - max R).
+// where much does, and leaves them to Group. Two modalities need two exponentials, not three (strip.h).
 //
 // Memory: one pass over the rows takes the sums, one writes the gradients, around the caches where the alignment allows. Three strips are
 // on the way at once: while the sums of one are taken, the maxima of the next are found, and the one after that is prefetched. So reading
@@ -26,15 +25,6 @@
 namespace mrf {
 namespace MRF_ISA {
 namespace {
-
-// Rows of every active modality: channel c of modality a starts at data[a] + c * stride[a]. The next strip, if it has any pixels, lies
-// next[a] further on. What is ahead is as long as the strip.
-template <class Storage>
-struct Rows {
-  Storage* data[kMaxModalities];
-  int64_t stride[kMaxModalities], next[kMaxModalities] = {}, next_pixels = 0;
-  Ahead ahead[kMaxModalities];
-};
 
 // Of one register of pixels. Sums first; statistics() turns them into what gradients() needs.
 template <class T>
@@ -67,7 +57,7 @@ class Strip {
   // Takes the sums of `pixels`, a multiple of a group, and finds the maxima of the next strip.
   template <class Storage>
   void sums(const Rows<const Storage>& rows, int64_t pixels) {
-    with_count([&](auto count) {
+    with_count(active_, [&](auto count) {
       if (found_ != rows.data[0]) find_maxima<Storage, count()>(rows, pixels);
       start<count()>(pixels);
       for (int64_t c = 0; c < channels_; c += block) add_channels<Storage, count()>(rows, c, smaller(c + block, channels_), pixels);
@@ -78,7 +68,7 @@ class Strip {
   // From the sums of the group that starts at `pixel`: n and cross_entropy of every modality, and the coefficients of gradients(). False
   // where a valid pixel is beyond these formulas.
   bool statistics(int64_t pixel, const Valid<T>& valid, Modality<T>* modalities) {
-    const T nats = 1 / (active_ == 2 ? unit<2> : unit<0>);
+    const T nats = 1 / (active_ == 2 ? kUnit<T, 2> : kUnit<T, 0>);
     bool exact = true;
     for (int v = 0; v < kVectors<T>; ++v) {
       ReferenceSums<T>& r = reference(pixel + v * n);
@@ -114,7 +104,7 @@ class Strip {
   // Writes the gradients of `pixels`, a multiple of a group, after statistics() of them all. `streams`: around the caches, rows aligned.
   template <class Storage>
   void gradients(const Rows<const Storage>& rows, const Rows<Storage>& gradients, int64_t pixels, bool streams) {
-    with_count([&](auto count) {
+    with_count(active_, [&](auto count) {
       int64_t c = 0;
       for (; c + 2 <= channels_; c += 2) this->write_channels<Storage, count(), 2>(rows, gradients, c, pixels, streams);
       if (c < channels_) this->write_channels<Storage, count(), 1>(rows, gradients, c, pixels, streams);
@@ -123,70 +113,16 @@ class Strip {
 
  private:
   static constexpr int n = kLanes<T>;
-  template <int M> static constexpr int most = M > 0 ? M : kMaxModalities;
-  // Of a logarithm: its exponential is exp2, of two modalities exp2 squared.
-  template <int M> static constexpr T unit = T(1.44269504088896340736) / (M == 2 ? 2 : 1);
-
-  // Calls f with the number of modalities as a constant, 0 where it is not a common one.
-  template <class F>
-  MRF_INLINE void with_count(F f) {
-    if (active_ == 2) return f(std::integral_constant<int, 2>{});
-    if (active_ == 3) return f(std::integral_constant<int, 3>{});
-    if (active_ == 4) return f(std::integral_constant<int, 4>{});
-    f(std::integral_constant<int, 0>{});
-  }
   template <int M> MRF_INLINE int count() const { return M > 0 ? M : active_; }
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  // A copy of rows that stays in registers.
-  template <class Storage, int M>
-  struct Cursor {
-    Storage* data[most<M>];
-    int64_t stride[most<M>];
-
-    MRF_INLINE Cursor(const Rows<Storage>& rows, int count, int64_t channel) {
-      for (int a = 0; a < count; ++a) data[a] = rows.data[a] + channel * rows.stride[a], stride[a] = rows.stride[a];
-    }
-    MRF_INLINE Storage* at(int a, int64_t channel, int64_t pixel) const { return data[a] + channel * stride[a] + pixel; }
-  };
-
-  // One channel of every modality of one register of pixels.
-  template <class Storage, int M>
-  struct Values {
-    V<T> x[most<M>], total;
-
-    MRF_INLINE Values(const Cursor<const Storage, M>& rows, int count, int64_t channel, int64_t pixel) {
-      for (int a = 0; a < count; ++a) {
-        x[a] = Convert<T, Storage>::load(rows.at(a, channel, pixel));
-        total = a == 0 ? x[0] : total + x[a];
-      }
-    }
-  };
-
-  // log e_m in units, e_m and e_R.
-  template <int M>
-  struct Exponentials {
-    V<T> logarithm[most<M>], e[most<M>], reference;
-
-    template <class Storage>
-    MRF_INLINE Exponentials(const Values<Storage, M>& values, int count, const ModalitySums<T>* sums, V<T> reference_shift) {
-      for (int a = 0; a < count; ++a) {
-        logarithm[a] = (values.x[a] - sums[a].shift) * unit<M>;  // exactly 0 at the maximum
-        e[a] = exp2<T>(logarithm[a]);
-      }
-      if (M == 2) {
-        reference = e[0] * reference_shift * e[1];
-        for (int a = 0; a < count; ++a) e[a] = rounded<T>(e[a] * e[a]);  // g is then exactly 0 where the modalities are equal
-      } else {
-        reference = exp2<T>((mean_of<T>(values.total, count) - reference_shift) * unit<M>);
-      }
-    }
-  };
+  template <class Storage, int M> using Values = MRF_ISA::Values<T, Storage, M>;
+  template <int M> using Exponentials = MRF_ISA::Exponentials<T, M>;
 
   // The largest values so far, none where `begin` is 0: of every modality, then of the sum of all.
   template <int M>
   struct Maxima {
-    V<T> top[most<M> + 1];
+    V<T> top[kPlaces<M> + 1];
 
     MRF_INLINE Maxima(const V<T>* found, int count, int64_t begin) {
       for (int a = 0; a <= count; ++a) top[a] = begin == 0 ? broadcast(-T(__builtin_inf())) : found[a];
@@ -221,7 +157,7 @@ class Strip {
       const V<T>* top = maxima(i);
       ReferenceSums<T>& r = reference(i);
       if constexpr (M == 2)
-        r.shift = exp2<T>((top[0] + top[1] - top[2]) * unit<M>);
+        r.shift = exp2<T>((top[0] + top[1] - top[2]) * kUnit<T, M>);
       else
         r.shift = mean_of<T>(top[count], count);
       r.sum = r.square = V<T>{};
@@ -240,29 +176,21 @@ class Strip {
     const Cursor<const Storage, M> from(rows, count, 0);
     Cursor<const Storage, M> next(rows, count, 0);
     for (int a = 0; a < count; ++a) next.data[a] += rows.next[a];
-    // As many registers of pixels are prefetched in a step as are read, but of one modality after the other: rows of several tensors often
-    // lie in the same banks of the memory, where one closes the other's page.
-    int of = 0;
-    int64_t at = 0;
+    Prefetch<T, Storage, M> ahead(rows, pixels);
     for (int64_t i = 0; i < pixels; i += n) {
       ReferenceSums<T>& r = reference(i);
       ModalitySums<T>* sums = &modality(i, 0);
-      Ahead ahead[most<M>];
-      for (int a = 0; a < count; ++a) {
-        ahead[a] = {rows.ahead[of].data + at * sizeof(Storage), rows.ahead[of].stride};
-        at += n;
-        if (at == pixels) at = 0, ++of;
-      }
+      ahead.step(count);
       const bool follows = i < rows.next_pixels;
       Maxima<M> maxima(this->maxima(i), count, begin);
-      V<T> sum = {}, square = {}, gap[most<M>], distance[most<M>], squares[most<M>], cross[most<M>];
+      V<T> sum = {}, square = {}, gap[kPlaces<M>], distance[kPlaces<M>], squares[kPlaces<M>], cross[kPlaces<M>];
       for (int a = 0; a < count; ++a) gap[a] = distance[a] = squares[a] = cross[a] = V<T>{};
       for (int64_t c = begin; c < end; ++c) {
         const Exponentials<M> at_c(Values<Storage, M>(from, count, c, i), count, sums, r.shift);
         sum += at_c.reference;
         square = fused<T>(at_c.reference, at_c.reference, square);
         for (int a = 0; a < count; ++a) {
-          prefetch(ahead[a].data + c * ahead[a].stride);
+          ahead.channel(a, c);
           const V<T> g = at_c.e[a] - at_c.reference;
           gap[a] += g;
           distance[a] = fused<T>(at_c.reference, at_c.logarithm[a], distance[a]);
@@ -289,7 +217,7 @@ class Strip {
     for (int64_t i = 0; i < pixels; i += n) {
       const ReferenceSums<T>& r = reference(i);
       const ModalitySums<T>* sums = &modality(i, 0);
-      V<T> result[K][most<M>];
+      V<T> result[K][kPlaces<M>];
 #pragma GCC unroll 2
       for (int k = 0; k < K; ++k) {
         const Exponentials<M> at_c(Values<Storage, M>(from, count, k, i), count, sums, r.shift);

@@ -1,4 +1,4 @@
-"""Who computes. Each backend is a module that holds ``softmax_fisher`` and ``gradient_statistics``, each with ``forward(problem)`` and
+"""Who computes. Each backend is a module that holds ops (``reference`` all of them), each with ``forward(problem)`` and
 ``backward(problem, result, upstream)`` (documented in ``backends/reference``), and ``status()``. A new backend is one folder and one
 line in ``_REGISTRY``."""
 
@@ -94,19 +94,28 @@ def use_backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def resolve(backend: str | None, tensor: Tensor, function: str) -> str:
-    """Who computes for ``tensor``: the argument, :func:`use_backend`, ``MODREG_FAST_BACKEND``, or the best for its device."""
+def resolve(backend: str | None, tensor: Tensor, function: str, stem: str | None = None) -> str:
+    """Who computes for ``tensor``: the argument, :func:`use_backend`, ``MODREG_FAST_BACKEND``, or the best for its device. ``stem``: of an
+    op that not every backend has."""
     device = tensor.device.type
     name = backend or _override or _environment
     if name is None:
         for name, entry in _REGISTRY.items():
-            if _STATUS[name].available and (entry.devices is None or device in entry.devices):
+            if _STATUS[name].available and (entry.devices is None or device in entry.devices) and computes(name, stem):
                 return name
     name = _require(str(name), function)
     devices = _REGISTRY[name].devices
     if devices is not None and device not in devices:
         raise ValueError(f"{function}: backend {name!r} takes tensors on {' or '.join(devices)}, got one on {device}")
+    if not computes(name, stem):
+        having = " or ".join(repr(other) for other in _REGISTRY if computes(other, stem))
+        raise ValueError(f"{function}: backend must be {having}, got {name!r}, which has no {stem}")
     return name
+
+
+def computes(backend: str, stem: str | None) -> bool:
+    """Whether a backend has an op."""
+    return stem is None or hasattr(_MODULES[backend], stem)
 
 
 def implementation(backend: str, stem: str) -> ModuleType:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modreg_fast import functional
@@ -37,14 +38,25 @@ def make_upstream(case: Case) -> list[Tensor]:
     """Positive weights in the shapes of the outputs."""
     generator = torch.Generator().manual_seed(1)
     m, s, b = case.shape.modalities, len(case.shape.sizes), case.shape.batch
-    shapes = [(m, s, b)] if case.op == "softmax_fisher" else [(m * s, b)] * 2
-    return [torch.rand(shape, generator=generator) + 0.5 for shape in shapes]
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "softmax_fisher": [(m, s, b)],
+        "gradient_statistics": [(m * s, b)] * 2,
+        "modality_cross_entropy": [(m, b), (b,)],
+    }
+    return [torch.rand(shape, generator=generator) + 0.5 for shape in shapes[case.op]]
+
+
+def make_target(case: Case) -> Tensor:
+    """A class for every pixel."""
+    shape, generator = case.shape, torch.Generator().manual_seed(2)
+    classes = shape.sizes[0][shape.channel_dim]
+    return torch.randint(classes, shape.spatial(shape.sizes[0]), generator=generator)
 
 
 def build(provider: str, case: Case) -> Function:
     """The function of a provider: a baseline, or a backend of this package."""
     if provider == "eager":
-        return public(case, "reference")
+        return _plain_formula(case) if case.op == "modality_cross_entropy" else public(case, "reference")
     if provider == "compile":
         torch.compiler.reset()  # one set of static shapes at a time, or the limit of recompilations strikes
         return torch.compile(_plain_formula(case), fullgraph=True, dynamic=False)
@@ -71,6 +83,16 @@ def public(case: Case, backend: str) -> Function:
         assert result.fisher is not None and result.attribution is not None
         return [result.fisher, result.attribution]
 
+    if case.op == "modality_cross_entropy":
+        target = make_target(case)
+
+        def modality_cross_entropy(leaves: Sequence[Tensor]) -> list[Tensor]:
+            sums = functional.modality_cross_entropy(
+                leaves, target[: len(leaves[0])], channel_dim=shape.channel_dim, eps=_EPS, backend=backend
+            )
+            return [sums.cross_entropy, sums.joint]
+
+        return modality_cross_entropy
     return softmax_fisher_information if case.op == "softmax_fisher" else statistics
 
 
@@ -89,6 +111,18 @@ def _plain_formula(case: Case) -> Function:
         values = [f.reshape(f.shape[0], -1) for f in values]
         return list(gradient_statistics.forward(gradient_statistics.Problem(grads, features, values, [], _EPS, False))[:2])
 
+    if case.op == "modality_cross_entropy":
+        target = make_target(case)
+
+        def cross_entropies(leaves: Sequence[Tensor]) -> list[Tensor]:
+            """One call more than there are modalities, as everybody writes it."""
+            logits = [x.movedim(shape.channel_dim, 1) for x in leaves]
+            logits.append(sum(logits[1:], logits[0]) / len(logits))
+            maps = [F.cross_entropy(x.float(), target, reduction="none") for x in logits]
+            *own, joint = (x.reshape(len(x), -1).sum(1) for x in maps)
+            return [torch.stack(own), joint]
+
+        return cross_entropies
     return softmax_fisher_information if case.op == "softmax_fisher" else statistics
 
 

@@ -125,14 +125,7 @@ def softmax_fisher_with_counts(
         [] if mask is None else scale_masks(mask, [spatial_shape(x, channel_dim) for x in features[0]], batch, device, function)
     )
     if present is not None:
-        present = validate.tensor(present, function, "present", dtypes=(torch.bool,))
-        if present.shape != (batch, modalities) or present.device != device:
-            validate.fail(
-                function,
-                "present",
-                f"of shape {(batch, modalities)} on {device}",
-                f"{validate.shape(present)} on {present.device}",
-            )
+        present = validate.present(present, batch, modalities, device, function)
     sigmas = _sigmas(sigma, modalities, function)
     validate.positive_integer(samples, function, "samples")
     validate.number(eps, function, "eps")

@@ -17,9 +17,9 @@ except ImportError as error:
 else:
     _missing = None
 
-from modreg_fast.backends.cpu import gradient_statistics, softmax_fisher
+from modreg_fast.backends.cpu import gradient_statistics, modality_cross_entropy, softmax_fisher
 
-__all__ = ["gradient_statistics", "softmax_fisher", "status"]
+__all__ = ["gradient_statistics", "modality_cross_entropy", "softmax_fisher", "status"]
 
 
 def status() -> tuple[bool, str]:

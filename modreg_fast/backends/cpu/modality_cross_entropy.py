@@ -1,0 +1,42 @@
+"""``modality_cross_entropy`` by the native kernels of the CPU.
+
+Definitions: ``backends/reference/modality_cross_entropy.py``."""
+
+import torch
+from torch import Tensor
+
+from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
+from modreg_fast.backends.reference.modality_cross_entropy import Problem, Result
+
+_MOST_MODALITIES = 64
+
+
+def forward(problem: Problem) -> Result:
+    if len(problem.logits) > _MOST_MODALITIES:
+        raise ValueError(
+            f"modality_cross_entropy: backend 'cpu' takes at most {_MOST_MODALITIES} modalities, got {len(problem.logits)}"
+        )
+    result = problem.empty_result()
+    if torch.ops.modreg_fast_native.modality_cross_entropy_forward(*_prepared(problem)[:-1], *result):
+        error = problem.out_of_range()
+        assert error is not None
+        raise error
+    return result
+
+
+def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
+    problem = _prepared(problem)
+    gradients = [empty_in_layout(x, layout_of(x)) for x in problem.logits]
+    above = [x.double().contiguous() for x in upstream[:3]]
+    torch.ops.modreg_fast_native.modality_cross_entropy_backward(*above, *problem[:-1], gradients)
+    return gradients
+
+
+def _prepared(problem: Problem) -> Problem:
+    """As the kernels read it."""
+    return problem._replace(
+        logits=[in_layout(x) for x in problem.logits],
+        target=problem.target.contiguous(),
+        weight=None if problem.weight is None else problem.weight.double().contiguous(),
+        present=None if problem.present is None else problem.present.contiguous(),
+    )
