@@ -18,8 +18,8 @@ COMPARED = "3.7.1"  # with the instructions and barriers of this one
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, dict[str, dict]]:
-    """Per version and case what triton_versions_worker.py found."""
+def environments(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """Per version, of processes that find it."""
     found = {}
     for version in VERSIONS:
         folder, cache = tmp_path_factory.mktemp("triton"), tmp_path_factory.mktemp("cache")
@@ -27,8 +27,15 @@ def compiled(tmp_path_factory) -> dict[str, dict[str, dict]]:
         if subprocess.run(install, capture_output=True).returncode:
             pytest.skip(f"pip finds no Triton {version} here")
         path = os.pathsep.join(map(str, (folder, TESTS, TESTS.parent)))
-        environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
-        environment.pop("TRITON_INTERPRET", None)
+        found[version] = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(environments) -> dict[str, dict[str, dict]]:
+    """Per version and case what triton_versions_worker.py found."""
+    found = {}
+    for version, environment in environments.items():
         worker = [sys.executable, TESTS / "triton_versions_worker.py"]
         done = subprocess.run(worker, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -66,3 +73,13 @@ def test_lanes_of_a_pixel_are_neighbours(compiled, version):
         assert len(row["loads"]) == 1 and lanes in row["loads"][0] and "order = [1, 0]" in row["loads"][0], (case, row)
         if "64" in case and "backward" in case and "noise" not in case:
             assert row["barriers"] == 0, (case, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_lanes_agree_on_what_they_write(environments, version):
+    """The PTX interpreter runs tiles in which several lanes hold one sum, and store it to one place of shared memory: to the last bit
+    the same. Triton 3.9 fused a product with the sum across lanes, in each lane its own."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "test_triton_ptx.py", "-k", "odd_sizes and channels"]
+    done = subprocess.run([sys.executable, *command], env=environments[version], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:]

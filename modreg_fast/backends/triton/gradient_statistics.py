@@ -41,7 +41,10 @@ _ROW = 256
 
 @triton.jit
 def _sums(grads, features, strides, k: tl.constexpr, sample, p, within, SHAPE: tl.constexpr):
-    """Per pixel ``sum_c g^2`` and ``sum_c (g e)^2`` (0 without e)."""
+    """Per pixel ``sum_c g^2`` and ``sum_c (g e)^2`` (0 without e).
+
+    By fma in so many words: left alone, the compiler may fuse a product with the sum across lanes that follows, each lane its own
+    product, and lanes that share a pixel then hold sums that differ in the last bit."""
     dtype: tl.constexpr = tl.float64 if SHAPE.wide else tl.float32
     squares = tl.full((SHAPE.block_c, SHAPE.block_p), 0.0, dtype)
     products = squares
@@ -49,10 +52,10 @@ def _sums(grads, features, strides, k: tl.constexpr, sample, p, within, SHAPE: t
         c = (first + tl.arange(0, SHAPE.block_c))[:, None]
         inside = (c < SHAPE.channels) & within[None, :]
         gradient = read(grads[k], strides[k][0], sample, c, p[None, :], inside, SHAPE)
-        squares += gradient * gradient
+        squares = tl.fma(gradient, gradient, squares)
         if len(features) > 0:
             product = gradient * read(features[k], strides[k][1], sample, c, p[None, :], inside, SHAPE)
-            products += product * product
+            products = tl.fma(product, product, products)
     return tl.sum(squares, 0), tl.sum(products, 0)
 
 
@@ -202,7 +205,7 @@ def _backward_kernel(
                 inside = (c < SHAPE.channels) & within[None, :]
                 g = read(grads[k], strides[k][0], sample, c, p[None, :], inside, SHAPE)
                 to_g = u_f * g
-                squares += g * g
+                squares = tl.fma(g, g, squares)
                 if len(features) > 0:
                     e = read(features[k], strides[k][1], sample, c, p[None, :], inside, SHAPE)
                     v_g_e = 2.0 * v[None, :] * g * e
