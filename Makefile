@@ -23,8 +23,10 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/
 # The build calls ninja by name.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
+comma := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help test test-all wheel test-wheel docs demo study bench gpu-report lint format clean
+.PHONY: help test test-all wheel test-wheel docs demo study bench gpu-report sanitize lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -61,6 +63,19 @@ gpu-report: $(READY)  ## what is known of the GPU kernels without a GPU: resourc
 
 docs: $(READY)  ## the documentation as a site, in site/index.html; warnings are errors
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs site
+
+# The package once more, instrumented, in build/; Python and torch are not, so GCC's runtime and (for its exceptions) the library of C++
+# are loaded first. Leaks are not looked for: Python and torch hold memory until the process ends. pytest by its script, because
+# `python -m pytest` would import the package from here.
+SANITIZED   := fuzz native_elementary layouts softmax_fisher gradient_statistics native_cpu wrong_calls
+instrumented = MODREG_FAST_SKIP_CUDA=1 MODREG_FAST_BUILD_HARNESS=1 MODREG_FAST_SANITIZE=$(2) $(BIN)/python setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
+preloaded    = setarch -R env PYTHONPATH=build/$(1)/lib LD_PRELOAD="$$(c++ -print-file-name=lib$(2).so) $$(c++ -print-file-name=libstdc++.so)"
+
+sanitize: $(READY)  ## the native code under AddressSanitizer and UBSan, then under ThreadSanitizer; needs GCC
+	$(call instrumented,address,address$(comma)undefined)
+	$(call preloaded,address,asan) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 $(BIN)/pytest -q $(SANITIZED:%=tests/test_%.py) -k "not reference and not allocates"
+	$(call instrumented,thread,thread)
+	$(call preloaded,thread,tsan) TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(BIN)/pytest -q tests/test_native_cpu.py -k "same_bits or beside"
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -136,11 +136,11 @@ void populate(const Tensors& tensors) {
 // A barrier of OpenMP, told to ThreadSanitizer, which does not see those of a libgomp that was not built with it.
 struct Barrier {
 #if defined(__SANITIZE_THREAD__)
-  void* at;
-  explicit Barrier(void* x) : at(x) { __tsan_acquire(at); }
-  ~Barrier() { __tsan_release(at); }
+  static inline char mark;
+  Barrier() { __tsan_acquire(&mark); }
+  ~Barrier() { __tsan_release(&mark); }
 #else
-  explicit Barrier(void*) {}
+  Barrier() {}
 #endif
 };
 
@@ -148,14 +148,15 @@ template <class Problem>
 void run(mrf::Kernel<Problem> kernel, const Problem& problem, int64_t scratch_bytes) {
   int64_t counter = 0;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), problem.units);
-  Barrier{&counter};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Barrier barrier(&counter);
+  const auto work = [&](int64_t, int64_t) {
+    const Barrier barrier;
     const std::unique_ptr<char[]> memory(new char[scratch_bytes + 64]);
     void* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
     kernel(problem, &counter, aligned);
-  });
-  Barrier{&counter};
+  };
+  Barrier{};
+  torch::stable::parallel_for(0, threads, 1, work);
+  Barrier{};
 }
 
 // ---- the ops over modalities ----

@@ -131,16 +131,18 @@ def gradient_statistics(g, e=None, f=None, mask=None, eps=oracle.EPS, upstream=N
     spatial = (slice(None), *[None] * (g.ndim - 2))
     valid = np.ones(exact.fisher_map.shape, bool) if mask is None else mask
     count = np.maximum(valid.reshape(len(valid), -1).sum(1), 1)
-    relative = (terms(g.shape[1]) + 8) * unit
+    relative = (g.shape[1] + 8) * unit  # the channels one after the other
     lost = g.shape[1] * smallest  # of a sum of squares at a pixel
     divisor = np.ones_like(exact.df) if f is None else np.where(valid, f + eps, 1)
     out = SimpleNamespace(fisher_map=np.where(valid, relative * exact.fisher_map + lost / divisor, 0))
-    out.fisher = out.fisher_map.reshape(len(valid), -1).sum(1) / count
+    sums = unit * (count if kind == "float64" else np.log2(count) + 1)  # over pixels; the oracle adds one after the other
+    out.fisher = out.fisher_map.reshape(len(valid), -1).sum(1) / count + sums * exact.fisher
     # sqrt(A + lost) - sqrt(A) <= sqrt(lost)
     out.attribution_map = np.where(valid, relative * exact.attribution_map + np.sqrt(lost), 0)
-    out.attribution = relative * exact.attribution + np.sqrt(count * lost)
+    out.attribution = (relative + sums) * exact.attribution + np.sqrt(count * lost)
     size = np.where(valid, _weight(upstream, 0, spatial) / count[spatial] + _weight(upstream, 2, slice(None)), 0)
-    dg = 2 * relative * (size / divisor)[:, None] * np.abs(g)
+    step = 4 * smallest * unit  # of subnormal numbers, which lose digits
+    dg = 2 * relative * (size / divisor)[:, None] * np.abs(g) + (np.maximum(1, size) * (size > 0) / divisor * step)[:, None]
     out.df = 2 * relative * size * exact.fisher_map / divisor + size * lost / divisor**2
     out.de = np.zeros_like(dg)
     if e is not None:

@@ -5,6 +5,8 @@
 // the arithmetic.
 #pragma once
 
+#include <limits>
+
 #include "vector.h"
 
 namespace mrf {
@@ -95,7 +97,8 @@ MRF_INLINE V<T> log(V<T> x) {
   using K = Constants<T>;
   constexpr auto one = typename IntegerOf<sizeof(T)>::type(1);
   constexpr T root_half = T(0.70710678118654752);
-  const I<T> bits = (I<T>)x;
+  constexpr auto largest = std::numeric_limits<typename IntegerOf<sizeof(T)>::type>::max();
+  const I<T> bits = (I<T>)x & largest;  // without the sign, so that nothing below overflows
   // Subtracting the bits of sqrt(1/2) carries into the exponent exactly where the mantissa reaches sqrt(2).
   const I<T> offset = (I<T>)broadcast(root_half);
   const I<T> n = (bits - offset) >> K::mantissa;
