@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-BATCH = 200  # calls of a case, in a row
+BATCH = 60  # calls of a case, in a row
 
 
 def work() -> None:

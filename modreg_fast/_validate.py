@@ -22,7 +22,7 @@ def tensor(x: object, function: str, argument: str, *, dtypes: tuple[torch.dtype
     """A plain strided tensor of an accepted dtype. One made in inference mode is copied where gradients are on: autograd saves none."""
     if not isinstance(x, Tensor):
         fail(function, argument, "a tensor", type(x).__name__, TypeError)
-    if hasattr(x, "device_mesh"):
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
         fail(function, argument, "a plain tensor (take .to_local() and pass process_group=)", "a DTensor", TypeError)
     if x.dtype not in dtypes:
         fail(function, argument, " or ".join(str(d).removeprefix("torch.") for d in dtypes), x.dtype, TypeError)
@@ -36,7 +36,7 @@ def tensor(x: object, function: str, argument: str, *, dtypes: tuple[torch.dtype
 
 
 def sequence(x: object, function: str, argument: str) -> Sequence:  # type: ignore[type-arg]
-    if not isinstance(x, Sequence) or isinstance(x, str):
+    if not isinstance(x, list | tuple) and (not isinstance(x, Sequence) or isinstance(x, str)):
         fail(function, argument, "a list or tuple", type(x).__name__, TypeError)
     if len(x) == 0:
         fail(function, argument, "non-empty", "an empty sequence")
@@ -83,7 +83,7 @@ def present(x: object, batch: int, modalities: int, device: torch.device, functi
 
 def number(x: object, function: str, argument: str) -> float:
     """A finite number of at least 0."""
-    if isinstance(x, bool) or not isinstance(x, Real):
+    if type(x) is not float and (isinstance(x, bool) or not isinstance(x, Real)):
         fail(function, argument, "a number", type(x).__name__, TypeError)
     value = float(x)
     if not 0 <= value < float("inf"):

@@ -19,7 +19,7 @@ def flat(x: Tensor, channel_dim: int) -> Tensor:
 def shaped_like(gradient: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """The gradient of ``flat(x)`` as that of ``x``."""
     if channel_dim == 1:
-        return gradient.view(x.shape)
+        return gradient if x.dim() == 3 else gradient.view(x.shape)
     return gradient.view(x.movedim(channel_dim, 1).shape).movedim(1, channel_dim)
 
 
@@ -33,6 +33,8 @@ def layout_of(x: Tensor) -> Layout | None:
 
 def in_layout(x: Tensor, layout: Layout | None = None) -> Tensor:
     """``x`` where it has the layout (or, by default, any of the two), else a dense copy."""
+    if layout is None and x.is_contiguous():
+        return x
     own = layout_of(x)
     if own is not None and layout in (None, own):
         return x

@@ -114,31 +114,33 @@ def balance_penalty(
     return penalty_of_mean(total, count, objective, eps, weights, function="balance_penalty")
 
 
-def batch_totals(information: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over the batch of the entries that count, and their number; ``(M, S)`` each. Sums, so that ranks can add theirs."""
+def batch_totals(information: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """Sum over the batch of the entries that count, ``(M, S)``, and their number: of each, or one of all where all count. Sums, so that
+    ranks can add theirs."""
     if valid is None:
-        total = information.sum(-1)
-        return total, torch.full_like(total, information.shape[-1])
+        return information.sum(-1), information.shape[-1]
     return torch.where(valid, information, 0).sum(-1), valid.sum(-1).to(information.dtype)
 
 
 def penalty_of_mean(
-    total: Tensor, count: Tensor, objective: str, eps: float, weights: Tensor | Sequence[float] | None, *, function: str
+    total: Tensor, count: Tensor | int, objective: str, eps: float, weights: Tensor | Sequence[float] | None, *, function: str
 ) -> Tensor:
     """The penalty of :func:`balance_penalty` from ``(M, S)`` sums over the batch and their counts."""
     validate.number(eps, function, "eps")
-    counts = count > 0
-    mean = torch.where(counts, total / torch.where(counts, count, 1) + eps, 1)
-    if weights is not None and not isinstance(weights, Tensor):
-        weights = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
-    w = torch.ones_like(mean[0]) if weights is None else torch.as_tensor(weights, dtype=mean.dtype, device=mean.device)
-    if w.shape != total.shape[1:]:
-        validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(w))
-    if objective == "log":
-        terms = -w * mean.log()
-    elif objective in ("inverse", "norm"):
-        terms = w / mean
-    else:
+    if objective not in ("inverse", "norm", "log"):
         validate.fail(function, "objective", "'inverse', 'norm' or 'log'", repr(objective))
-    terms = torch.where(counts, terms, 0)
+    if not isinstance(count, Tensor) and count == 0:
+        count = torch.zeros_like(total)
+    counts = count > 0 if isinstance(count, Tensor) else None  # None: all
+    mean = total / count + eps if counts is None else torch.where(counts, total / torch.where(counts, count, 1) + eps, 1)
+    terms = -mean.log() if objective == "log" else mean.reciprocal()
+    if weights is not None:
+        if not isinstance(weights, Tensor):
+            weights = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
+        w = torch.as_tensor(weights, dtype=mean.dtype, device=mean.device)
+        if w.shape != total.shape[1:]:
+            validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(w))
+        terms = w * terms
+    if counts is not None:
+        terms = torch.where(counts, terms, 0)
     return torch.linalg.vector_norm(terms) if objective == "norm" else terms.sum()

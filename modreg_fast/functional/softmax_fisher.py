@@ -1,6 +1,7 @@
 """Functional Fisher information of modality features at every scale."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -100,27 +101,26 @@ def softmax_fisher_with_counts(
         if len(row) != scales:
             validate.fail(function, label, f"a list of {scales} scales like {labels[0]}", f"{len(row)}")
 
-    checked: list[list[Tensor]] = [[] for _ in range(modalities)]
+    by_scale: list[list[Tensor]] = []
     for s in range(scales):
-        for m in range(modalities):
-            x = validate.feature(features[m][s], function, f"{labels[m]}[{s}]", channel_dim)
-            validate.same(features[m][s], features[0][s], function, f"{labels[m]}[{s}]", f"{labels[0]}[{s}]")
-            checked[m].append(x)
-        if checked[0][s].shape[0] != checked[0][0].shape[0] or checked[0][s].device != checked[0][0].device:
-            first = checked[0][0]
+        xs = [
+            validate.feature(row[s], function, f"{label}[{s}]", channel_dim) for label, row in zip(labels, features, strict=True)
+        ]
+        for m in range(1, modalities):
+            validate.same(xs[m], xs[0], function, f"{labels[m]}[{s}]", f"{labels[0]}[{s}]")
+        if any(x.dtype != xs[0].dtype for x in xs):
+            dtype = reduce(torch.promote_types, [x.dtype for x in xs])
+            xs = [x.to(dtype) for x in xs]
+        by_scale.append(xs)
+    device, batch = by_scale[0][0].device, by_scale[0][0].shape[0]
+    for s, xs in enumerate(by_scale):
+        if xs[0].shape[0] != batch or xs[0].device != device:
             validate.fail(
                 function,
                 f"{labels[0]}[{s}]",
-                f"of batch size {first.shape[0]} on {first.device} like the first scale",
-                f"{checked[0][s].shape[0]} on {checked[0][s].device}",
+                f"of batch size {batch} on {device} like the first scale",
+                f"{xs[0].shape[0]} on {xs[0].device}",
             )
-        dtype = checked[0][s].dtype
-        for m in range(1, modalities):
-            dtype = torch.promote_types(dtype, checked[m][s].dtype)
-        for m in range(modalities):
-            checked[m][s] = checked[m][s].to(dtype)
-
-    device, batch = checked[0][0].device, checked[0][0].shape[0]
     masks = (
         [] if mask is None else scale_masks(mask, [spatial_shape(x, channel_dim) for x in features[0]], batch, device, function)
     )
@@ -132,9 +132,9 @@ def softmax_fisher_with_counts(
     noise_seed = _draw_seed(seed, generator, device, function) if any(s > 0 for s in sigmas) else None
     if noise_seed is None:
         samples = 1  # without noise every draw is the same
-    name = resolve(backend, checked[0][0], function) if batch else "reference"  # no kernel runs over nothing
+    name = resolve(backend, by_scale[0][0], function) if batch else "reference"  # no kernel runs over nothing
     problem = Problem(
-        [x for row in checked for x in row],
+        [xs[m] for m in range(modalities) for xs in by_scale],
         masks,
         present,
         sigmas,
@@ -163,6 +163,6 @@ def _draw_seed(seed: int | None, generator: torch.Generator | None, device: torc
             validate.fail(function, "seed", "None when generator is given", seed)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             validate.fail(function, "seed", "an integer in [0, 2^63)", seed)
-        return torch.tensor(seed, dtype=torch.int64, device=device)
+        return torch.full((), seed, dtype=torch.int64, device=device)  # a fill, where torch.tensor would copy and wait
     source = device if generator is None else generator.device
     return torch.randint(2**63 - 1, (), generator=generator, dtype=torch.int64, device=source).to(device)

@@ -142,8 +142,10 @@ class AttributionLoss(Grouped):
         ).attribution
         assert attribution is not None
         # (M, B): scales, and parts on other ranks, are pooled by the L2 norm, as pixels are.
-        squares = torch.stack([rows.double().square().sum(0) for rows in attribution.split([len(row) for row in scales])])
-        attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
+        if len(flat) > len(scales) or self.spatial_group is not None:
+            by_scale = attribution.double().square().split([len(row) for row in scales])
+            squares = torch.stack([rows.sum(0) for rows in by_scale])
+            attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
         return self._penalty(attribution, shares, counts, list(features), return_details)
 
     def _counts(self, present: Tensor, shares: list[float], scores: Tensor) -> Tensor:
@@ -160,16 +162,18 @@ class AttributionLoss(Grouped):
     def _penalty(
         self, attribution: Tensor, shares: list[float], counts: Tensor | None, names: list[str], return_details: bool
     ) -> Tensor | tuple[Tensor, AttributionDetails]:
-        target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None].expand_as(attribution)
+        target: Tensor | float = shares[0]
+        if counts is not None or len(set(shares)) > 1:
+            target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None]
         if counts is not None:
             target = modality_share(torch.where(counts.T, target, 0))
-        share = modality_share(attribution)
+        whole = attribution.sum(0)
+        counted = whole != 0  # NaN counts: it must show in the penalty
+        share = attribution / torch.where(counted, whole, 1)
         distance = (share - target).abs() if self.norm == "l1" else (share - target).square()
-        # NaN counts: it must show in the penalty.
-        counted = attribution.sum(0) != 0
         total, count = (
             sum_over_ranks(x, self.process_group)
-            for x in (torch.where(counted, distance.sum(0), 0).sum(), counted.sum().to(distance.dtype))
+            for x in (torch.where(counted, distance, 0).sum(), counted.sum().to(distance.dtype))
         )
         penalty = total / count.clamp(min=1)
         if not return_details:

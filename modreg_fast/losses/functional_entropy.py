@@ -257,7 +257,10 @@ class FunctionalEntropyLoss(Grouped):
         names: list[str],
         return_details: bool,
     ) -> Tensor | tuple[Tensor, InformationDetails]:
-        total, count = (sum_over_ranks(x, self.process_group) for x in batch_totals(information, valid))
+        total, count = batch_totals(information, valid)
+        if self.process_group is not None:
+            counts = count if isinstance(count, Tensor) else torch.full_like(total, count)
+            total, count = (sum_over_ranks(x, self.process_group) for x in (total, counts))
         penalty = weight * penalty_of_mean(
             total, count, self.objective, self.eps, scale_weights, function=f"{type(self).__name__}.scale_weights"
         )

@@ -44,7 +44,7 @@ def laid_out_like(gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]
     """The gradients with the strides of ``torch.empty_like(input)``, as the fake kernels promise; copies only where they differ."""
 
     def laid_out(gradient: Tensor, x: Tensor) -> Tensor:
-        if gradient.stride() == x.stride():
+        if gradient.is_contiguous() and x.is_contiguous() or gradient.stride() == x.stride():
             return gradient
         wanted = torch.empty_like(x, device="meta").stride()
         return gradient if gradient.stride() == wanted else torch.empty_like(x).copy_(gradient)

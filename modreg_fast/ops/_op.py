@@ -40,6 +40,7 @@ class Op:
         fields, results = reference.Problem._fields, reference.Result._fields
         self.inputs, self.upstream = len(reference.DIFFERENTIABLE_INPUTS), len(reference.DIFFERENTIABLE_RESULTS)
         self.kept = [results.index(name) for name in reference.KEPT_RESULTS]
+        self.fields, self.results = len(fields), len(results)
         # What is differentiable comes first.
         assert fields[: self.inputs] == reference.DIFFERENTIABLE_INPUTS
         assert results[: self.upstream] == reference.DIFFERENTIABLE_RESULTS
@@ -91,13 +92,12 @@ class Op:
 
     def _parted(self, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
         """The inputs of the backward op as the upstream gradients, the kept results, and the problem."""
-        fields, results = len(self.reference.Problem._fields), len(self.reference.Result._fields)
-        up, kept = list(inputs[: self.upstream]), [None] * results
+        kept: list[Tensor | None] = [None] * self.results
         for i, x in zip(self.kept, inputs[self.upstream :], strict=False):
             kept[i] = x
         first = self.upstream + len(self.kept)
-        problem = self.reference.Problem(*inputs[first : first + fields])
-        return self.reference.Result(*up, *[None] * (results - len(up))), self.reference.Result(*kept), problem
+        upstream = self.reference.Result(*inputs[: self.upstream], *[None] * (self.results - self.upstream))
+        return upstream, self.reference.Result(*kept), self.reference.Problem(*inputs[first : first + self.fields])
 
     # ---- the custom ops ----
 

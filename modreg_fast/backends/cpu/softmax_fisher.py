@@ -17,24 +17,30 @@ def forward(problem: Problem) -> Result:
         raise ValueError(
             f"softmax_fisher: backend {device!r} takes at most {_MOST_MODALITIES[device]} modalities, got {modalities}"
         )
-    features, masks, present, sigma, samples, seed, _, eps, _ = _prepared(problem)
     result = problem.empty_result()
-    torch.ops.modreg_fast_native.softmax_fisher_forward(features, masks, present, sigma, samples, seed, eps, *result)
+    torch.ops.modreg_fast_native.softmax_fisher_forward.default(
+        *_inputs(problem), problem.sigma, problem.samples, problem.seed, problem.eps, *result
+    )
     return result
 
 
 def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
-    problem = _prepared(problem)
-    gradients = [empty_in_layout(x, layout_of(x)) for x in problem.features]
-    weight = (upstream.information.double() / (result.counts.clamp(min=1) * problem.samples)).contiguous()
-    torch.ops.modreg_fast_native.softmax_fisher_backward(weight, *problem[:-1], gradients)
+    inputs = features, masks, _ = _inputs(problem)
+    gradients = [torch.empty_like(x) if x.is_contiguous() else empty_in_layout(x, layout_of(x)) for x in features]
+    draws = result.counts.clamp(min=1) if masks else result.counts
+    if problem.samples > 1:
+        draws = draws * problem.samples
+    torch.ops.modreg_fast_native.softmax_fisher_backward.default(
+        (upstream.information.double() / draws).contiguous(), *inputs, *problem[3:-1], gradients
+    )
     return gradients
 
 
-def _prepared(problem: Problem) -> Problem:
-    """As the kernels read it."""
-    return problem._replace(
-        features=[in_layout(x) for x in problem.features],
-        masks=[m.contiguous() for m in problem.masks],
-        present=None if problem.present is None else problem.present.contiguous(),
+def _inputs(problem: Problem) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Features, masks and ``present`` as the kernels read them."""
+    present = problem.present
+    return (
+        [in_layout(x) for x in problem.features],
+        [m.contiguous() for m in problem.masks],
+        None if present is None else present.contiguous(),
     )

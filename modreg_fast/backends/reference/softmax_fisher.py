@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     channel_dim: int = 1  # of the features
 
     def flat(self) -> "Problem":
-        return self._replace(features=[flat(x, self.channel_dim) for x in self.features], channel_dim=1)
+        return Problem([flat(x, self.channel_dim) for x in self.features], *self[1:-1])
 
     def shaped(self, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients of the flat problem as those of this one."""
