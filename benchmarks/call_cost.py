@@ -81,21 +81,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
     features = {m: [leaf(2, c, n, n) for c, n in ((32, 16), (64, 8), (128, 4), (256, 2))] for m in ("rgb", "depth")}
     flat = [x for row in features.values() for x in row]
-    balance, steer = mrf.FunctionalEntropyLoss(), mrf.AttributionLoss()
-
-    head = torch.nn.Linear(1024, 10)
-    parameters = list(head.parameters())
-
-    def scores() -> torch.Tensor:
-        return head(torch.cat(heads, 1)).square()
-
-    def attribution() -> None:
-        torch.autograd.grad(steer(scores(), dict(zip("ab", heads, strict=True))), parameters)
-
-    def head_alone() -> None:
-        """What AttributionLoss differentiates."""
-        g = torch.autograd.grad(scores().max(1).values.sum(), heads, create_graph=True)
-        torch.autograd.grad(g, parameters, [x.detach() for x in g], allow_unused=True)
+    balance = mrf.FunctionalEntropyLoss()
 
     compiled = torch.compile(lambda *x: softmax_fisher_information([[y] for y in x]), fullgraph=True)
     compiled_balance = torch.compile(lambda x: balance(x), fullgraph=True)
@@ -111,8 +97,6 @@ def cases() -> dict[str, Callable[[], object]]:
         "heads, eager PyTorch": eager,
         "heads": fisher,
         "FunctionalEntropyLoss": lambda: torch.autograd.grad(balance(features), flat),
-        "AttributionLoss": attribution,
-        "AttributionLoss, its head alone": head_alone,
         "heads, compiled": lambda: torch.autograd.grad(compiled(*heads), heads, upstream),
         "FunctionalEntropyLoss, compiled": lambda: torch.autograd.grad(compiled_balance(features), flat),
     }
@@ -173,8 +157,7 @@ def main() -> None:
                     values.append(value)
     medians = {name: [statistics.median(values) for values in both] for name, both in found.items()}
     print(f"| {'case':36} | {'other':>8} | {'this':>8} | ratio |\n|---|---|---|---|")
-    own = [[a - b for a, b in zip(medians["AttributionLoss"], medians["AttributionLoss, its head alone"], strict=True)]]
-    for name, (other, this) in [*medians.items(), ("AttributionLoss, its own share", own[0])]:
+    for name, (other, this) in medians.items():
         print(f"| {name:36} | {other:8.0f} | {this:8.0f} | {this / other:5.2f} |")
     ratios = [medians["heads, eager PyTorch"][i] / medians["heads"][i] for i in range(2)]
     print(f"heads, times faster than eager PyTorch: {ratios[0]:.1f} and {ratios[1]:.1f}")
