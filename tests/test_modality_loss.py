@@ -137,6 +137,11 @@ def test_autocast(backend):
             r"joint must be of the shape \(1, 2\) of logits\['a'\], got \(1, 3\)",
         ),
         (
+            lambda: mrf.ModalityCrossEntropy()({"a": [torch.zeros(1, 2)]}, torch.zeros(1).long(), joint=torch.zeros(1, 2)),
+            TypeError,
+            r"logits\['a'\] must be a tensor, got list",
+        ),
+        (
             lambda: mrf.ModalityCrossEntropy()({"a": torch.zeros(1, 2), "b": torch.zeros(1, 3)}, torch.zeros(1).long()),
             ValueError,
             r"logits\['b'\] must be of the shape \(1, 2\) of logits\['a'\], got \(1, 3\)",

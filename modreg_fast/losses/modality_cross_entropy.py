@@ -159,8 +159,8 @@ class ModalityCrossEntropy(Grouped):
         names, tensors = list(logits), list(logits.values())
         held = present
         if joint is not None:
-            joint = validate.tensor(joint, name, "joint")
-            validate.same(joint, tensors[0], name, "joint", f"logits[{names[0]!r}]")
+            joint, first = validate.tensor(joint, name, "joint"), f"logits[{names[0]!r}]"
+            validate.same(joint, validate.tensor(tensors[0], name, first), name, "joint", first)
             tensors.append(joint)
             if present is not None:
                 held = validate.present(present, len(joint), len(names), joint.device, name)
