@@ -144,9 +144,8 @@ def modality_sums(
     if validate.number(label_smoothing, function, "label_smoothing") > 1:
         validate.fail(function, "label_smoothing", "at most 1", label_smoothing)
     validate.number(eps, function, "eps")
-    name = (
-        resolve(backend, checked[0], function, "modality_cross_entropy") if batch else "reference"
-    )  # no kernel runs over nothing
+    # No kernel runs over nothing.
+    name = resolve(backend, checked[0], function, "modality_cross_entropy") if batch else "reference"
     target = target.flatten(1) if target.dim() > 1 else target.unsqueeze(1)
     problem = Problem(checked, target, weight, present, ignore_index, float(label_smoothing), float(eps), channel_dim)
     return ModalitySums(*ops.modality_cross_entropy(problem, name))

@@ -150,12 +150,7 @@ class AttributionLoss(Grouped):
 
     def _counts(self, present: Tensor, shares: list[float], scores: Tensor) -> Tensor:
         """Which modality of which sample counts, ``(B, M)``: the present ones, if any of them has a target."""
-        name = type(self).__name__
-        present = validate.tensor(present, name, "present", dtypes=(torch.bool,))
-        shape, device = (len(scores), len(shares)), scores.device
-        if tuple(present.shape) != shape or present.device != device:
-            got = f"{validate.shape(present)} on {present.device}"
-            validate.fail(name, "present", f"of shape {shape} on {device}", got)
+        present = validate.present(present, len(scores), len(shares), scores.device, type(self).__name__)
         targeted = torch.tensor([x > 0 for x in shares], device=present.device)
         return present & (present & targeted).any(1, keepdim=True)
 
