@@ -258,9 +258,7 @@ class QualityTarget(_Averages):
             validate.same(validate.tensor(mask, name, "mask", dtypes=(torch.bool,)), labels, name, "mask", "labels")
             valid = mask
         if present is not None:
-            validate.tensor(present, name, "present", dtypes=(torch.bool,))
-            if tuple(present.shape) != (len(labels), len(self.modalities)):
-                validate.fail(name, "present", f"of shape {(len(labels), len(self.modalities))}", validate.shape(present))
+            present = validate.present(present, len(labels), len(self.modalities), labels.device, name)
         losses, counts = [], []
         for i, m in enumerate(self.modalities):
             x = validate.tensor(scores[m], name, f"scores[{m!r}]")
