@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modreg_fast.functional import modality_cross_entropy
 
@@ -197,6 +198,28 @@ def test_a_target_out_of_range_is_named(backend, bad):
     message = rf"target must be a class in \[0, 5\) or ignore_index \(-100\), got {bad} at sample 1, pixel 21 \(2 such pixels\)"
     with pytest.raises(ValueError, match=message):
         modality_cross_entropy(logits, target, backend=backend)
+
+
+def test_a_target_out_of_range_stops_another_device():
+    """Where to look would be to wait, the sum of the weights tells, which nothing else makes NaN; the device asserts that it does not."""
+    logits, target = given(2, (3, 5, 9), ignored=0)
+    logits[0].data.fill_(NAN)
+    target[1, 4] = 5
+    weights = torch.vmap(lambda x, y: modality_cross_entropy([x], y[None]).weights)(logits[0][:, None], target)  # nobody looks
+    assert (weights >= 0).flatten().tolist() == [True, False, True]
+
+    class Assertions(TorchDispatchMode):
+        messages = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._assert_async.msg:
+                self.messages.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Assertions() as assertions:
+        modality_cross_entropy([x.to("meta") for x in logits], target.to("meta"), ignore_index=255, backend="reference")
+    (message,) = assertions.messages
+    assert message.startswith("modality_cross_entropy: target must be a class in [0, 5) or ignore_index (255)")
 
 
 def test_strided_targets(backend):

@@ -86,8 +86,8 @@ def modality_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message says which and why. A target that is neither a class nor
-            ``ignore_index`` is an error on the CPU; on a GPU, where to look at it would be to wait for it, it makes the sums of its
-            sample NaN.
+            ``ignore_index`` is an error; on a GPU, where to look at it would be to wait for it, by an assertion on the device, as in
+            :func:`torch.nn.functional.cross_entropy`.
 
     Example:
         >>> rgb, depth = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
@@ -148,4 +148,9 @@ def modality_sums(
     name = resolve(backend, checked[0], function, "modality_cross_entropy") if batch else "reference"
     target = target.flatten(1) if target.dim() > 1 else target.unsqueeze(1)
     problem = Problem(checked, target, weight, present, ignore_index, float(label_smoothing), float(eps), channel_dim)
-    return ModalitySums(*ops.modality_cross_entropy(problem, name))
+    sums = ModalitySums(*ops.modality_cross_entropy(problem, name))
+    if device.type != "cpu" and not torch._C._functorch.is_batchedtensor(sums.weights):
+        # To look would be to wait; the kernels make the sums NaN, and the device stops, as in torch.nn.functional.cross_entropy.
+        message = f"{function}: target must be a class in [0, {classes}) or ignore_index ({ignore_index}), and weight not NaN"
+        torch._assert_async((sums.weights >= 0).all(), message)
+    return sums

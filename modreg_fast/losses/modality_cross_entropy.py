@@ -152,7 +152,7 @@ class ModalityCrossEntropy(Grouped):
 
         Raises:
             ValueError, TypeError: an argument that does not fit; the message says which and why. A target that is neither a class nor
-                ``ignore_index`` is an error on the CPU; on a GPU the loss is NaN.
+                ``ignore_index`` is an error, on a GPU by an assertion on the device.
         """
         name = type(self).__name__
         logits = validate.modalities(logits, name, "logits")

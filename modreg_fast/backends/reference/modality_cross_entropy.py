@@ -9,7 +9,7 @@ Per pixel with the target ``y``, class weights ``w`` (1 where none are given) an
 and over the valid pixels of a sample the sums of ``ce_m``, ``ce``, ``I_m`` and ``w_y``. Valid is what is not ``ignore_index``.
 
 Every backend takes a :class:`Problem` and gives a :class:`Result`. A target out of range is a ``ValueError`` on the CPU; on other devices,
-where to look would be to wait, it makes the sums NaN.
+where to look would be to wait, it makes the sums NaN, and ``functional`` asserts on the device that there are none.
 """
 
 from typing import NamedTuple
