@@ -1,6 +1,7 @@
 """Checks of what users pass in. Every message names the function, the argument, what was expected and what came."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from numbers import Integral, Real
 from typing import NoReturn
 
@@ -33,6 +34,20 @@ def tensor(x: object, function: str, argument: str, *, dtypes: tuple[torch.dtype
     if not torch.compiler.is_compiling() and x.is_inference() and torch.is_grad_enabled():
         return x.clone()
     return x
+
+
+def promoted(tensors: list[Tensor]) -> list[Tensor]:
+    """All in the dtype that theirs promote to."""
+    if all(x.dtype == tensors[0].dtype for x in tensors):
+        return tensors
+    dtype = reduce(torch.promote_types, [x.dtype for x in tensors])
+    return [x.to(dtype) for x in tensors]
+
+
+def one_of(x: object, options: Sequence[str], function: str, argument: str) -> None:
+    if x not in options:
+        *others, last = map(repr, options)
+        fail(function, argument, f"{', '.join(others)} or {last}", repr(x))
 
 
 def sequence(x: object, function: str, argument: str) -> Sequence:  # type: ignore[type-arg]

@@ -141,8 +141,7 @@ def audit(
         validate.fail("audit", "maps", "a number of samples, at least 0", repr(maps))
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         validate.fail("audit", "ignore_index", "an integer or None", repr(ignore_index), TypeError)
-    if baseline not in ("zero", "mean"):
-        validate.fail("audit", "baseline", "'zero' or 'mean'", repr(baseline))
+    validate.one_of(baseline, ("zero", "mean"), "audit", "baseline")
     if process_group is not None and metric is not None and not callable(getattr(metric, "compute", None)):
         validate.fail(
             "audit", "metric", "one of torchmetrics with process_group: a function sees the samples of one rank", "a function"

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from modreg_fast import _validate as validate
@@ -91,8 +90,7 @@ def gradient_statistics(
         for k, e in enumerate(features):
             checked_features.append(validate.feature(e, function, f"features[{k}]", channel_dim))
             validate.same(e, grads[k], function, f"features[{k}]", f"grads[{k}]")
-            dtype = torch.promote_types(e.dtype, grads[k].dtype)
-            checked_features[k], checked_grads[k] = checked_features[k].to(dtype), checked_grads[k].to(dtype)
+            checked_features[k], checked_grads[k] = validate.promoted([checked_features[k], checked_grads[k]])
 
     checked_values: list[Tensor] = []
     if values is not None:

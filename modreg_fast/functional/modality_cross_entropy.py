@@ -119,10 +119,7 @@ def modality_sums(
     checked = [validate.feature(x, function, label, channel_dim) for label, x in zip(labels, logits, strict=True)]
     for label, x in zip(labels, logits, strict=True):
         validate.same(x, logits[0], function, label, labels[0])
-    dtype = checked[0].dtype
-    for x in checked[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    checked = [x.to(dtype) for x in checked]
+    checked = validate.promoted(checked)
     batch, classes, device = len(checked[0]), checked[0].shape[channel_dim], checked[0].device
 
     target = validate.tensor(target, function, "target", dtypes=_INTEGERS)

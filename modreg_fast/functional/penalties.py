@@ -1,12 +1,15 @@
 """From information and attribution to penalties: tiny tensors, plain PyTorch."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from modreg_fast import _validate as validate
+
+Objective = Literal["inverse", "norm", "log"]
+OBJECTIVES = get_args(Objective)
 
 
 def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
@@ -63,7 +66,7 @@ def modality_share(attribution: Tensor) -> Tensor:
 def balance_penalty(
     information: Tensor,
     *,
-    objective: Literal["inverse", "norm", "log"] = "inverse",
+    objective: Objective = "inverse",
     eps: float = 1e-8,
     weights: Tensor | Sequence[float] | None = None,
     valid: Tensor | None = None,
@@ -127,8 +130,7 @@ def penalty_of_mean(
 ) -> Tensor:
     """The penalty of :func:`balance_penalty` from ``(M, S)`` sums over the batch and their counts."""
     validate.number(eps, function, "eps")
-    if objective not in ("inverse", "norm", "log"):
-        validate.fail(function, "objective", "'inverse', 'norm' or 'log'", repr(objective))
+    validate.one_of(objective, OBJECTIVES, function, "objective")
     if not isinstance(count, Tensor) and count == 0:
         count = torch.zeros_like(total)
     counts = count > 0 if isinstance(count, Tensor) else None  # None: all

@@ -1,7 +1,6 @@
 """Functional Fisher information of modality features at every scale."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -108,10 +107,7 @@ def softmax_fisher_with_counts(
         ]
         for m in range(1, modalities):
             validate.same(xs[m], xs[0], function, f"{labels[m]}[{s}]", f"{labels[0]}[{s}]")
-        if any(x.dtype != xs[0].dtype for x in xs):
-            dtype = reduce(torch.promote_types, [x.dtype for x in xs])
-            xs = [x.to(dtype) for x in xs]
-        by_scale.append(xs)
+        by_scale.append(validate.promoted(xs))
     device, batch = by_scale[0][0].device, by_scale[0][0].shape[0]
     for s, xs in enumerate(by_scale):
         if xs[0].shape[0] != batch or xs[0].device != device:

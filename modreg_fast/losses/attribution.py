@@ -76,8 +76,7 @@ class AttributionLoss(Grouped):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if norm not in ("l1", "l2"):
-            validate.fail(name, "norm", "'l1' or 'l2'", repr(norm))
+        validate.one_of(norm, ("l1", "l2"), name, "norm")
         self.target = None if target is None else _shares(target, name)
         self.norm = norm
         self.channel_dim = channel_dim

@@ -12,7 +12,7 @@ from modreg_fast.distributed import Grouped, mean_over_parts, sum_over_ranks
 from modreg_fast.double_backward import differentiable, gradients
 from modreg_fast.functional import gradient_statistics, resize_mask
 from modreg_fast.functional.masks import all_pixels, pooled, valid_pixels
-from modreg_fast.functional.penalties import batch_totals, penalty_of_mean
+from modreg_fast.functional.penalties import OBJECTIVES, Objective, batch_totals, penalty_of_mean
 from modreg_fast.functional.softmax_fisher import softmax_fisher_with_counts
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class FunctionalEntropyLoss(Grouped):
         self,
         feature_weight: float = 1e-5,
         prediction_weight: float = 1e-5,
-        objective: Literal["inverse", "norm", "log"] = "inverse",
+        objective: Objective = "inverse",
         scale_weights: Sequence[float] | None = None,
         sigma: float = 0.0,
         samples: int = 1,
@@ -85,8 +85,7 @@ class FunctionalEntropyLoss(Grouped):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if objective not in ("inverse", "norm", "log"):
-            validate.fail(name, "objective", "'inverse', 'norm' or 'log'", repr(objective))
+        validate.one_of(objective, OBJECTIVES, name, "objective")
         self.feature_weight = validate.number(feature_weight, name, "feature_weight")
         self.prediction_weight = validate.number(prediction_weight, name, "prediction_weight")
         self.objective = objective
@@ -204,8 +203,7 @@ class FunctionalEntropyLoss(Grouped):
         values = validate.tensor(values, name, "values")
         if values.dim() == 0:
             validate.fail(name, "values", "of shape (B, *spatial)", "()")
-        if granularity not in ("pixel", "sample"):
-            validate.fail(name, "granularity", "'pixel' or 'sample'", repr(granularity))
+        validate.one_of(granularity, ("pixel", "sample"), name, "granularity")
         if mask is not None:
             mask = validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
             validate.same(mask, values, name, "mask", "values")

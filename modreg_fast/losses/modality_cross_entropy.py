@@ -9,7 +9,7 @@ from torch import Tensor
 from modreg_fast import _validate as validate
 from modreg_fast.distributed import Grouped, sum_over_ranks
 from modreg_fast.functional.modality_cross_entropy import modality_sums
-from modreg_fast.functional.penalties import penalty_of_mean
+from modreg_fast.functional.penalties import OBJECTIVES, Objective, penalty_of_mean
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,7 +77,7 @@ class ModalityCrossEntropy(Grouped):
         class_weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        objective: Literal["inverse", "norm", "log"] = "inverse",
+        objective: Objective = "inverse",
         channel_dim: int = 1,
         eps: float = 1e-8,
         process_group: "ProcessGroup | None" = None,
@@ -86,8 +86,7 @@ class ModalityCrossEntropy(Grouped):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if objective not in ("inverse", "norm", "log"):
-            validate.fail(name, "objective", "'inverse', 'norm' or 'log'", repr(objective))
+        validate.one_of(objective, OBJECTIVES, name, "objective")
         self.weight = validate.number(weight, name, "weight")
         self.joint_weight = validate.number(joint_weight, name, "joint_weight")
         self.information_weight = validate.number(information_weight, name, "information_weight")
