@@ -69,8 +69,7 @@ def executed(cubin: bytes, entry: str, executions: Mapping[int, int]) -> tuple[d
     ``entry`` as often as the line of PTX that ptxas made it from, whose ``executions`` the PTX interpreter counted. The cubin comes from
     ``ptxas -lineinfo``. Right as far as ptxas leaves loops as they are in the PTX, which exponentials and shuffles show. Not counted is
     what stands behind the last ``EXIT``: shuffles of divergent warps, divisions of extreme numbers."""
-    text = tool("nvdisasm", "-gp", "-c", cubin=cubin)
-    code = text.split(f"\t.section\t.text.{entry},", 1)[1].split("\t.section\t", 1)[0].rpartition("EXIT")[0]
+    code = _code(cubin, entry).rpartition("EXIT")[0]
     counts, names, times = dict.fromkeys(KINDS, 0), Counter[str](), 0
     for line in code.splitlines():
         if source := re.search(r'File "\.nv_debug_ptx_txt", line (\d+)', line):
@@ -79,6 +78,24 @@ def executed(cubin: bytes, entry: str, executions: Mapping[int, int]) -> tuple[d
             counts[_kind(found[1])] += times
             names[found[1] + found[2]] += times
     return counts, names
+
+
+def widths(cubin: bytes, entry: str) -> dict[int, int]:
+    """Bytes of one access to shared or global memory in the kernel ``entry``, by the line of the PTX that it was made from: ptxas merges
+    accesses to neighbouring places. The cubin comes from ``ptxas -lineinfo``."""
+    found, source = dict[int, int](), 0
+    for line in _code(cubin, entry).splitlines():
+        if at := re.search(r'File "\.nv_debug_ptx_txt", line (\d+)', line):
+            source = int(at[1])
+        elif (access := _LINE.match(line)) and access[1] in ("LDS", "STS", "LDG", "STG", "LDGSTS", "LDSM", "STSM", "LD", "ST"):
+            bits = re.search(r"\.(?:[US])?(8|16|64|128|256)(?:\.|$)", access[2])
+            found[source] = max(found.get(source, 0), int(bits[1]) // 8 if bits else 4)
+    return found
+
+
+def _code(cubin: bytes, entry: str) -> str:
+    text = tool("nvdisasm", "-gp", "-c", cubin=cubin)
+    return text.split(f"\t.section\t.text.{entry},", 1)[1].split("\t.section\t", 1)[0]
 
 
 def _kind(name: str) -> str:

@@ -27,21 +27,25 @@ written by hand. See ``test_ptx_kernels.py`` and ``test_ptx_triton.py``.
 
 **What it counts.** Per buffer, loads and stores: bytes over all threads, distinct bytes, and 32-byte sectors per request of a warp, which
 is what reaches the L2 cache when nothing hits in L1.
+Per load and store of the PTX (``report.requests``): requests, wavefronts of shared memory and as many as there would be without bank
+conflicts, sectors and lines of global memory and as few sectors as hold the bytes. Atomics are not counted.
 
 **What it does not model.**
 
 - The memory model. Lanes run in one order, and all see a store at once, so fences do nothing, and a missing one is not found. Nor is a
   read of global memory that another thread writes without order. A thread that spins until another has stored something may hang.
 - Atomics are left out of the checks for races and for two writers; those on floats run in the order of the threads.
-- Time, caches, bank conflicts, registers and occupancy. The SASS that ptxas makes of the PTX may move and merge accesses.
+- Time, caches, registers and occupancy. The SASS that ptxas makes of the PTX may move and merge accesses; the latter can be counted
+  (``requests.as_assembled``).
 - Approximate instructions err by a pseudo-random part of what the PTX ISA allows, not by what a given chip does. NaNs have no payload.
 - Tensor cores, TMA, mbarriers, clusters, textures, named barriers for a part of a block, recursion.
 
 **Files.** ``parser`` text to instructions. ``formats`` types and exact rounding. ``table``, ``integer``, ``floating`` instructions that
 only touch registers. ``memory`` buffers, guards, counters. ``access`` loads, stores, atomics. ``tiles`` asynchronous copies, matrices.
-``warp`` shuffles and votes. ``control`` branches, calls, barriers. ``program`` an entry and what it calls. ``machine`` the scheduler.
-``launch`` ``run``. ``compilers`` nvcc and Triton. ``evaluate`` one instruction, for its test. To add an instruction, put it into the
-table of its file and a row into ``test_ptx_integers.py``, ``test_ptx_floats.py`` or ``test_ptx_machine.py``."""
+``requests`` bank conflicts and sectors. ``warp`` shuffles and votes. ``control`` branches, calls, barriers. ``program`` an entry and what
+it calls. ``machine`` the scheduler. ``launch`` ``run``. ``compilers`` nvcc and Triton. ``evaluate`` one instruction, for its test. To add
+an instruction, put it into the table of its file and a row into ``test_ptx_integers.py``, ``test_ptx_floats.py`` or
+``test_ptx_machine.py``."""
 
 from .compilers import NVCC, TritonKernel, TritonSource, cuda_to_ptx, triton_to_ptx
 from .errors import (

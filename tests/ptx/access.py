@@ -66,8 +66,9 @@ def load(machine, instruction):
     writers = [machine.writer(item, type_) for item in items]
 
     def handler(lanes):
-        values = np.empty((len(items), lanes.size), RAW[type_.size])
-        for target, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
+        values, places = np.empty((len(items), lanes.size), RAW[type_.size]), address(lanes)
+        machine.request(instruction, space, places, lanes, size)
+        for target, chosen, owner, offset in targets(machine, space, places, lanes):
             some = lanes[chosen]
             where = target.locate(owner, offset, size, some, write=False)
             target.on_load(where, size, some, constant)
@@ -89,7 +90,9 @@ def store(machine, instruction):
 
     def handler(lanes):
         values = [np.broadcast_to(read(lanes).view(RAW[type_.size]), lanes.size) for read in readers]
-        for target, chosen, owner, offset in targets(machine, space, address(lanes), lanes):
+        places = address(lanes)
+        machine.request(instruction, space, places, lanes, size)
+        for target, chosen, owner, offset in targets(machine, space, places, lanes):
             some = lanes[chosen]
             where = target.locate(owner, offset, size, some, write=True)
             target.on_store(where, size, some)

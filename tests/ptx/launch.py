@@ -11,6 +11,7 @@ from .machine import Machine
 from .memory import Buffer, Memory, Store, Traffic
 from .parser import Variable, parse
 from .program import Program
+from .requests import Requests
 
 parse_once = lru_cache(maxsize=32)(parse)
 
@@ -23,6 +24,7 @@ class Report:
     stores_to: dict[Buffer, Traffic]
     atomics: int  # operations on global and shared memory, not part of the traffic
     executions: dict[int, int]  # of the instructions on each line of the PTX, over all threads
+    requests: dict[tuple[int, str], Requests]  # of each load and store, by its line of the PTX and "shared" or "global"
 
     @property
     def loads(self) -> Traffic:
@@ -72,7 +74,7 @@ def run(
     executions: dict[int, int] = {}
     for instruction, count in zip(program.code, machine.executions.tolist(), strict=True):
         executions[instruction.line] = executions.get(instruction.line, 0) + count
-    return Report(dict(memory.loads), dict(memory.stores), machine.atomics, executions)
+    return Report(dict(memory.loads), dict(memory.stores), machine.atomics, executions, machine.requests)
 
 
 def _three(sizes, name: str) -> tuple[int, int, int]:

@@ -8,10 +8,10 @@ Registers hold raw bits, one array each; an array is replaced, never written to,
 
 import numpy as np
 
-from . import access, control, tiles, warp
+from . import access, control, requests, tiles, warp
 from .errors import PtxError, Trapped, UnknownInstruction, WarpError
 from .formats import PRED, RAW, TYPES, Type
-from .memory import Memory, SharedStore, Store
+from .memory import WINDOW_BITS, WINDOWS, Memory, SharedStore, Store
 from .parser import Address, Group, Immediate, Instruction, Not, Register, Special, Symbol, Variable
 from .program import Program
 from .table import operation_of
@@ -38,6 +38,7 @@ class Machine:
         self.grid, self.block_shape = grid, block
         self.threads = int(np.prod(block))
         self.atomics = 0
+        self.requests: dict[tuple[int, str], requests.Requests] = {}  # by line and space
         self.executions = np.zeros(len(self.code), np.int64)  # of each instruction, over all threads
         self.special: dict[str, np.ndarray] = {}
         self.outputs: dict[int, list[Variable]] = {}  # of the call at a program counter
@@ -129,6 +130,17 @@ class Machine:
         type_ = TYPES[f"s{8 * base.size}"] if isinstance(base, Register) else TYPES["s64"]
         read, offset = self.raw_reader(base, type_), type_.dtype(operand.offset)  # the sum wraps around at the register's width
         return lambda lanes: np.broadcast_to(read(self.exactly(lanes)) + offset, lanes.size).astype(np.int64), space
+
+    def request(self, instruction: Instruction, space: str | None, address: np.ndarray, lanes: np.ndarray, size: int) -> None:
+        """Counts one access of ``size`` bytes by each of the lanes. Local memory, parameters and constants are not counted."""
+        if space is None:
+            window = address >> WINDOW_BITS
+            for name, chosen in (("shared", window == WINDOWS["shared"]), ("global", window > max(WINDOWS.values()))):
+                if chosen.any():
+                    self.request(instruction, name, address[chosen], lanes[chosen], size)
+        elif space in ("global", "shared") and lanes.size and (size := requests.width(instruction.line, size)):
+            key = (instruction.line, space)
+            self.requests.setdefault(key, requests.Requests(space, size)).count(self.slot[lanes], address // size * size)
 
     # ---- execution ----
 

@@ -41,14 +41,18 @@ def copy_async(machine, instruction):
             raise ValueError("cp.async of a part of its size is not there")
         words = np.zeros((size // 4, lanes.size), np.uint32)  # zeros where nothing is read
         reading = np.flatnonzero(wanted)
-        sources = targets(machine, "global", source(lanes)[reading], lanes[reading]) if reading.size else ()
+        places = source(lanes)[reading]
+        machine.request(instruction, "global", places, lanes[reading], size)
+        sources = targets(machine, "global", places, lanes[reading]) if reading.size else ()
         for target, chosen, owner, offset in sources:
             some = reading[chosen]
             where = target.locate(owner, offset, size, lanes[some], write=False)
             target.on_load(where, size, lanes[some])
             for k in range(size // 4):
                 words[k, some] = target.load(where + 4 * k, 4)
-        where = machine.shared.locate(machine.block[lanes], destination(lanes), size, lanes, write=True)
+        places = destination(lanes)
+        machine.request(instruction, "shared", places, lanes, size)
+        where = machine.shared.locate(machine.block[lanes], places, size, lanes, write=True)
         machine.shared.on_store(where, size, lanes)
         for k in range(size):
             machine.shared.flags[where + k] &= ~np.uint8(INITIALIZED)
@@ -84,7 +88,7 @@ class _Matrices:
         m.take("sync"), m.take("aligned"), m.take("m8n8"), m.take("b16"), m.take("shared")
         self.count, self.transposed = int(m.take("x1", "x2", "x4")[1:]), m.take("trans")
         m.done()
-        self.machine, (self.address, _) = machine, machine.address(place, "shared")
+        self.machine, self.instruction, (self.address, _) = machine, instruction, machine.address(place, "shared")
         self.registers = data.items if isinstance(data, Group) else (data,)
 
     def positions(self, lanes: np.ndarray, write: bool):
@@ -95,6 +99,7 @@ class _Matrices:
             raise WarpError("not all lanes of the warp take part", int(lanes[np.argmax(incomplete)]))
         offset, shared = self.address(lanes), self.machine.shared
         rows = lane < 8 * self.count
+        self.machine.request(self.instruction, "shared", offset[rows], lanes[rows], 16)
         where = shared.locate(self.machine.block[lanes[rows]], offset[rows], 16, lanes[rows], write)
         (shared.on_store if write else shared.on_load)(where, 16, lanes[rows])
         by_warp = (self.machine.block[lanes] * shared.stride + offset).reshape(-1, 32)
