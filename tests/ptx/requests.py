@@ -19,8 +19,8 @@ _widths: Mapping[int, int] | None = None  # by line of the PTX
 
 @contextmanager
 def as_assembled(widths: Mapping[int, int]) -> Iterator[None]:
-    """What is launched within is counted as ptxas made it: where ``widths`` gives, for a line of the PTX, the bytes of one access in the
-    machine code (``modreg_fast.bench.sass.widths``), which merges neighbouring accesses into the one of a line and leaves out the others."""
+    """Launches within are counted as ptxas made them. ``widths``, by line of the PTX: bytes of one access of the machine code
+    (``modreg_fast.bench.sass.widths``), which merges neighbouring accesses into the one of a line and leaves out the others."""
     global _widths
     _widths = widths
     try:
@@ -36,8 +36,8 @@ def width(line: int, size: int) -> int:
 
 @dataclass
 class Requests:
-    """Of one load or store of the PTX, over a launch. ``least_wavefronts``, ``least_sectors``: of accesses without conflicts, and of the same
-    bytes in whole sectors."""
+    """Of one load or store of the PTX, over a launch. ``least_wavefronts``: without bank conflicts. ``least_sectors``: as few as hold the
+    bytes."""
 
     space: str  # "shared" or "global"
     bytes: int  # of one thread
