@@ -5,6 +5,7 @@ the repository's root, links between both, names that link to the reference and 
 
 import os
 import re
+import sys
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,8 @@ from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
-from sphinx.util import logging
+from sphinx.ext.autodoc.mock import MockFinder
+from sphinx.util import inspect, logging
 
 import modreg_fast
 
@@ -54,6 +56,14 @@ napoleon_use_rtype = False
 copybutton_prompt_text = ">>> "
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
+# Trainers whose callbacks the reference describes: the same pages whether they are installed or not. (autodoc_mock_imports takes its
+# mocks back, and the base classes are imported after that.)
+sys.meta_path.insert(0, MockFinder(["lightning", "mmengine", "transformers"]))
+CALLBACKS = {
+    f"modreg_fast.integrations.{name}"
+    for name in ("lightning.ModalityCallback", "transformers.ModalityCallback", "mmengine.ModalityHook")
+}
+
 # How pages write a public name -> where the reference has it.
 NAMES = {
     f"{prefix}{name}": f"{module.__name__}.{name}"
@@ -61,7 +71,7 @@ NAMES = {
     for name in module.__all__
     if callable(getattr(module, name))
     for prefix in prefixes
-}
+} | {name: name for name in CALLBACKS}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _KNOWN = "|".join(map(re.escape, sorted(NAMES, key=len, reverse=True)))
 CODE = re.compile(rf"(?<![`\[}}])`({_KNOWN})((?:\.\w+)*)(?:\([^`]*\))?`(?![`\]])")
@@ -97,10 +107,18 @@ def used_in(app: Sphinx, what: str, name: str, object: object, options: object, 
     if what not in ("class", "function") or not name.startswith("modreg_fast."):
         return
     short = name.removeprefix("modreg_fast.")
-    use = re.compile(rf"\bmrf\.{re.escape(short)}\b")
+    use = re.compile(rf"\b({re.escape(name)}|mrf\.{re.escape(short)})\b")
     guides = [p for p in sorted((DOCS / "guides").glob("*.md")) if use.search(p.read_text(encoding="utf-8"))]
     if guides:
         lines += ["", "**Guides:** " + ", ".join(f":doc:`/guides/{p.stem}`" for p in guides), ""]
+
+
+def signature_of_callback(app: Sphinx, what: str, name: str, thing: type, *_: object) -> tuple[str, str] | None:
+    """Its own; Sphinx finds that of the mocked base class first."""
+    if name not in CALLBACKS:
+        return None
+    signature = inspect.signature(thing.__init__, bound_method=True)
+    return inspect.stringify_signature(signature, show_return_annotation=False, unqualified_typehints=True), ""
 
 
 def mathml(self: object, node: nodes.Element, block: bool) -> None:
@@ -121,5 +139,6 @@ def mathml(self: object, node: nodes.Element, block: bool) -> None:
 def setup(app: Sphinx) -> None:
     app.connect("source-read", page_text)
     app.connect("autodoc-process-docstring", used_in, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", signature_of_callback)
     inline, block = (lambda self, node, block=block: mathml(self, node, block) for block in (False, True))
     app.add_html_math_renderer("mathml", (inline, None), (block, None))

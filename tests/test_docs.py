@@ -18,22 +18,39 @@ import modreg_fast as mrf
 ROOT = Path(__file__).parent.parent
 PUBLIC = {f"{module.__name__}.{n}": getattr(module, n) for module in (mrf, mrf.functional) for n in module.__all__}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if callable(thing)}
+CALLBACKS = ["lightning.ModalityCallback", "transformers.ModalityCallback", "mmengine.ModalityHook"]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_example(name):
+def run_example(name, thing):
     """Of a public name and of its members, as a user would paste it; `import torch` and the names of its module are there."""
-    for package in ("rich", "torchmetrics") if name.rpartition(".")[2] in ("audit", "Audit") else ():
-        pytest.importorskip(package)
-    module = import_module(PUBLIC[name].__module__)
-    names = {**vars(module), "torch": torch, "nn": nn, "mrf": mrf}
-    found = doctest.DocTestFinder(exclude_empty=True).find(PUBLIC[name], name, module=False, globs=names)
+    names = {**vars(import_module(thing.__module__)), "torch": torch, "nn": nn, "mrf": mrf}
+    found = doctest.DocTestFinder(exclude_empty=True).find(thing, name, module=False, globs=names)
     assert any(test.name == name and test.examples for test in found), f"{name} has no example"
     said: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for test in found:
         runner.run(test, out=said.append)
     assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_example(name):
+    for package in ("rich", "torchmetrics") if name.rpartition(".")[2] in ("audit", "Audit") else ():
+        pytest.importorskip(package)
+    run_example(name, PUBLIC[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainers' own
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_callback(name, tmp_path, monkeypatch):
+    """As for PUBLIC, which would import the trainers for every test of this file."""
+    monkeypatch.chdir(tmp_path)
+    module, _, name = name.rpartition(".")
+    for package in (module, "matplotlib", "accelerate"):
+        pytest.importorskip(package)
+    thing = getattr(import_module(f"modreg_fast.integrations.{module}"), name)
+    run_example(name, thing)
+    assert "Raises:" in str(inspect.getdoc(thing))
 
 
 def test_pages_that_messages_name_exist():
@@ -68,7 +85,9 @@ def test_site(tmp_path):
     with (tmp_path / "objects.inv").open("rb") as file:
         objects = InventoryFile.load(file, "", os.path.join)
     listed = {name for kind, names in objects.items() if kind.startswith("py:") for name in names}
-    assert not set(PUBLIC) - listed, "to be added to a page in docs/reference"
+    assert not {*PUBLIC, *(f"modreg_fast.integrations.{name}" for name in CALLBACKS)} - listed, (
+        "to be added to a page in docs/reference"
+    )
 
     pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert len(pages) > 15

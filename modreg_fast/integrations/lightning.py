@@ -32,8 +32,12 @@ class ModalityCallback(Callback):
         ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.
 
     Example:
-        >>> def measure(module): return mrf.audit(module.net, validation, progress=False)
-        >>> trainer = Trainer(callbacks=[ModalityCallback(measure, every_n_epochs=5)])  # doctest: +SKIP
+        >>> def measure(module):
+        ...     return mrf.audit(module.net, validation, {"rgb": "rgb", "depth": "depth"}, progress=False)
+        >>> callback = ModalityCallback(measure, every_n_epochs=5)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> callback.results  # after trainer.fit(module, batches): {4: Audit(...), 9: Audit(...)}
+        {}
     """
 
     def __init__(self, measure: Measure, *, every_n_epochs: int = 1) -> None:

@@ -31,6 +31,13 @@ class ModalityHook(Hook):
 
     Raises:
         ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.
+
+    Example:
+        >>> def measure(model):
+        ...     return mrf.audit(model.net, validation, {"rgb": "rgb", "depth": "depth"}, progress=False)
+        >>> hook = HOOKS.build(dict(type="ModalityHook", measure=measure, every_n_epochs=5))  # as custom_hooks of a configuration does
+        >>> hook.results  # after runner.train(): {4: Audit(...), 9: Audit(...)}
+        {}
     """
 
     def __init__(self, measure: Measure, every_n_epochs: int = 1) -> None:

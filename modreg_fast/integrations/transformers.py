@@ -28,6 +28,15 @@ class ModalityCallback(TrainerCallback):
 
     Raises:
         ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.
+
+    Example:
+        >>> def measure(model):
+        ...     return mrf.evaluate_missing(lambda x: model(**x).logits, validation, accuracy, progress=False)
+        >>> trainer = Trainer(nn.Linear(2, 2), TrainingArguments(num_train_epochs=10, report_to="none", use_cpu=True))
+        >>> callback = ModalityCallback(trainer, measure, every_n_epochs=5)
+        >>> trainer.add_callback(callback)
+        >>> callback.results  # after trainer.train(): {5: MissingModalities(...), 10: MissingModalities(...)}
+        {}
     """
 
     def __init__(self, trainer: Trainer, measure: Measure, *, every_n_epochs: int = 1) -> None:
