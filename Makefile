@@ -41,7 +41,7 @@ test-all: test  ## the same, then the slow tests, one at a time because of their
 wheel: $(PACKING)  ## dist/: the source archive, and one wheel for every torch and Python; needs nvcc
 	rm -rf dist
 	MODREG_FAST_FORCE_CUDA=1 $(BIN)/python -m build --no-isolation --outdir dist/built
-	$(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
+	$(BIN)/auditwheel repair --plat manylinux_2_28_$(shell uname -m) --only-plat --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
 	mv dist/built/*.tar.gz dist
 	rm -r dist/built
 

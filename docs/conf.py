@@ -37,6 +37,7 @@ html_static_path = ["_static", str(FONT)]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["dollarmath"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -91,6 +92,11 @@ def test_site(tmp_path):
 
     pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert len(pages) > 15
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()}
+    for page, text in pages.items():
+        for path, _, anchor in (href.partition("#") for href in re.findall(r'<a\b[^>]*?\bhref="(?![a-z]+:)([^"]*)"', text)):
+            target = Path(os.path.normpath(page.parent / unquote(path))) if path else page
+            assert target.exists() and (not anchor or unquote(anchor) in anchors.get(target, ())), (page, path, anchor)
     loaded = re.compile(r"""<(?:script|img|link|iframe|source)\b[^>]*?\b(?:src|href)=["'](?:https?:)?//""")
     assert not [page for page, text in pages.items() if loaded.search(text)]
     styles = {style: style.read_text(encoding="utf-8") for style in tmp_path.rglob("*.css")}

@@ -15,7 +15,6 @@ from modreg_fast.integrations.measuring import PICTURE, Measure, Measuring, scal
 __all__ = ["ModalityHook"]
 
 
-@HOOKS.register_module()
 class ModalityHook(Hook):
     """Measures the model every few epochs and logs what it finds, by the runner's ``visualizer``: scalars, and the picture of an audit.
 
@@ -57,3 +56,6 @@ class ModalityHook(Hook):
                 picture = np.array(canvas.buffer_rgba())[..., :3]
                 # A slash would name a folder, and a file in a folder that is missing is not written, without a word.
                 runner.visualizer.add_image(PICTURE.replace("/", "_"), picture, step=runner.epoch + 1)
+
+
+HOOKS.register_module(module=ModalityHook)
