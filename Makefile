@@ -67,7 +67,7 @@ docs: $(READY)  ## the documentation as a site, in site/index.html; warnings are
 # The package once more, instrumented, in build/; Python and torch are not, so GCC's runtime and (for its exceptions) the library of C++
 # are loaded first. Leaks are not looked for: Python and torch hold memory until the process ends. pytest by its script, because
 # `python -m pytest` would import the package from here.
-SANITIZED   := fuzz native_elementary layouts softmax_fisher gradient_statistics native_cpu wrong_calls
+SANITIZED   := fuzz native_elementary layouts softmax_fisher gradient_statistics modality_cross_entropy native_cpu wrong_calls
 instrumented = MODREG_FAST_SKIP_CUDA=1 MODREG_FAST_BUILD_HARNESS=1 MODREG_FAST_SANITIZE=$(2) $(BIN)/python setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
 preloaded    = setarch -R env PYTHONPATH=build/$(1)/lib LD_PRELOAD="$$(c++ -print-file-name=lib$(2).so) $$(c++ -print-file-name=libstdc++.so)"
 

@@ -135,7 +135,7 @@ constexpr int64_t modality_cross_entropy_scratch(int64_t modalities, int64_t cha
   return (8 + 9 * modalities) * kMostPixels * int64_t(sizeof(double)) + (2 + 2 * modalities) * 64 + (1 + 2 * modalities) * channels * kRowBytes;
 }
 
-// Scratch of gradient_statistics: four numbers per pixel of a tile.
-constexpr int kGradientStatisticsRows = 4;
+// Scratch of gradient_statistics: six numbers per pixel of a tile.
+constexpr int kGradientStatisticsRows = 6;
 
 }  // namespace mrf

@@ -15,9 +15,9 @@ UNITS = {"float32": 2.0**-24, "float64": 2 * 2.0**-53}  # in float64 the oracle 
 SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}  # what is smaller may have become 0
 
 
-def terms(channels):
-    """Roundings that a term of a sum over the channels meets: in blocks of 16."""
-    return min(channels, 16 + channels / 16)
+def terms(channels, smallest_block=8):
+    """Roundings that a term of a sum over the channels meets, in blocks of 16 at most."""
+    return min(channels, 16 + channels / smallest_block)
 
 
 normal = functools.lru_cache(32)(oracle.normal)
@@ -131,7 +131,7 @@ def gradient_statistics(g, e=None, f=None, mask=None, eps=oracle.EPS, upstream=N
     spatial = (slice(None), *[None] * (g.ndim - 2))
     valid = np.ones(exact.fisher_map.shape, bool) if mask is None else mask
     count = np.maximum(valid.reshape(len(valid), -1).sum(1), 1)
-    relative = (g.shape[1] + 8) * unit  # the channels one after the other
+    relative = (terms(g.shape[1], 16) + 8) * unit
     lost = g.shape[1] * smallest  # of a sum of squares at a pixel
     divisor = np.ones_like(exact.df) if f is None else np.where(valid, f + eps, 1)
     out = SimpleNamespace(fisher_map=np.where(valid, relative * exact.fisher_map + lost / divisor, 0))

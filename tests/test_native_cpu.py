@@ -1,5 +1,6 @@
 """What only the native CPU backend promises: the same bits for any number of threads, no temporaries, every instruction set, 64 bits."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from modreg_fast import functional as F
 
 
 def calls(backend="cpu"):
-    """Both ops, forward and backward, over several scales with masks, the last ones channels last; all results in one list."""
+    """All ops, forward and backward, over several shapes with masks, the last ones channels last; all results in one list."""
     torch.manual_seed(0)
     shapes = [(2, 48, 61, 67), (2, 64, 16, 16), (2, 64, 16, 16), (2, 130, 5, 3), (2, 5, 7, 6)]
     features = [[torch.randn(s) for s in shapes] for _ in range(3)]
@@ -31,7 +32,16 @@ def calls(backend="cpu"):
     values = [torch.rand(s[0], *s[2:]) for s in shapes]
     statistics = F.gradient_statistics(features[0], features[1], values, mask=mask, maps=True, backend=backend)
     more = torch.autograd.grad(statistics.fisher.sum() + statistics.attribution.sum(), [*features[0], *features[1]])
-    return [*results, statistics.fisher, statistics.attribution, *statistics.fisher_maps, *more]
+    results += [statistics.fisher, statistics.attribution, *statistics.fisher_maps, *more]
+    for s, smoothing in itertools.product(range(len(shapes)), (0.0, 0.1)):
+        logits, target = [row[s] for row in features], torch.randint(shapes[s][1], (2, *shapes[s][2:]))
+        present = torch.tensor([[True, True, True], [True, False, True]])
+        sums = F.modality_cross_entropy(
+            logits, target, ignore_index=1, label_smoothing=smoothing, present=present, backend=backend
+        )
+        upstream = [torch.rand_like(x) for x in sums[:3]]
+        results += [*sums, *torch.autograd.grad(sums[:3], logits, upstream)]
+    return results
 
 
 @pytest.fixture
@@ -101,19 +111,51 @@ def test_a_sample_does_not_depend_on_those_beside_it(dtype, all_present):
             assert torch.equal(x[b : b + 1], y)
 
 
-def test_forward_allocates_no_tensor_and_backward_only_the_gradients():
-    x = [[torch.randn(2, 64, 64, 64, requires_grad=True)] for _ in range(2)]
-    size = x[0][0].numel() * 4
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("all_present", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_sample_of_cross_entropies_does_not_depend_on_those_beside_it(smoothing, all_present):
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    batch = 12
+    logits = [torch.randn(batch, 24, 1088, requires_grad=True) for _ in range(3)]
+    target = torch.randint(24, (batch, 1088))
+    target[:, 256:512], target[4] = -100, -100
+    present = None if all_present else torch.rand(batch, 3) > 0.3
+
+    def results(samples):
+        some, held = [x[samples] for x in logits], None if present is None else present[samples]
+        sums = F.modality_cross_entropy(some, target[samples], label_smoothing=smoothing, present=held, backend="cpu")
+        return *sums, *torch.autograd.grad([x.sum() for x in sums[:3]], logits)
+
+    together = results(slice(None))
+    for b in range(batch):
+        alone = results(slice(b, b + 1))
+        assert all(torch.equal(x[..., b : b + 1], y) for x, y in zip(together[:4], alone[:4], strict=True))
+        assert all(torch.equal(x[b], y[b]) for x, y in zip(together[4:], alone[4:], strict=True))
+
+
+def over_features(x):
+    return F.softmax_fisher_information([[y] for y in x], backend="cpu").sum()
+
+
+def over_logits(x):
+    return sum(part.sum() for part in F.modality_cross_entropy(x, torch.zeros(2, 64, 64, dtype=torch.uint8), backend="cpu"))
+
+
+@pytest.mark.parametrize("op", [over_features, over_logits])
+def test_forward_allocates_no_tensor_and_backward_only_the_gradients(op):
+    x = [torch.randn(2, 64, 64, 64, requires_grad=True) for _ in range(2)]
+    size = x[0].numel() * 4
 
     def allocated(function):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = function()
         return result, sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
 
-    information, forward = allocated(lambda: F.softmax_fisher_information(x, backend="cpu"))
+    result, forward = allocated(lambda: op(x))
     assert forward < 0.01 * size
-    leaves = [row[0] for row in x]
-    _, backward = allocated(lambda: torch.autograd.grad(information.sum(), leaves))
+    _, backward = allocated(lambda: torch.autograd.grad(result, x))
     assert backward < 2 * size * 1.01
 
 

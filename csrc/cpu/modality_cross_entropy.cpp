@@ -320,17 +320,22 @@ class Work : ModalityUnit<T, ModalityCrossEntropy> {
     const PixelSums<T>& r = pixel(i);
     OwnSums<T>* sums = &own(i, 0);
     for (int a = 0; a < count; ++a) sums[a].n = sums[a].pg = V<T>{};
-    for (int64_t c = 0; c < tiling_.channels; ++c) {
-      const Exponentials<T, M> at_c(Values<T, Storage, M>(from, count, c, i), count, sums, r.shift);
-      const I<T> is_target = r.target == typename IntegerOf<sizeof(T)>::type(c);
-      const V<T> t = uniform_ * class_weight(c) + select<T>(is_target, (1 - smoothing_) * r.weight, V<T>{});
-      for (int a = 0; a < count; ++a) {
-        OwnSums<T>& s = sums[a];
-        const V<T> p = at_c.e[a] * s.inverse, g = fused<T>(r.total, p, -t);
-        s.n = fused<T>(g, g, s.n);
-        s.pg = fused<T>(p, g, s.pg);
-        s.square = select<T>(is_target, g, s.square);
+    for (int64_t begin = 0; begin < tiling_.channels; begin += block) {
+      const int64_t end = begin + block < tiling_.channels ? begin + block : tiling_.channels;
+      V<T> square[kPlaces<M>], pg[kPlaces<M>];
+      for (int a = 0; a < count; ++a) square[a] = pg[a] = V<T>{};
+      for (int64_t c = begin; c < end; ++c) {
+        const Exponentials<T, M> at_c(Values<T, Storage, M>(from, count, c, i), count, sums, r.shift);
+        const I<T> is_target = r.target == typename IntegerOf<sizeof(T)>::type(c);
+        const V<T> t = uniform_ * class_weight(c) + select<T>(is_target, (1 - smoothing_) * r.weight, V<T>{});
+        for (int a = 0; a < count; ++a) {
+          const V<T> p = at_c.e[a] * sums[a].inverse, g = fused<T>(r.total, p, -t);
+          square[a] = fused<T>(g, g, square[a]);
+          pg[a] = fused<T>(p, g, pg[a]);
+          sums[a].square = select<T>(is_target, g, sums[a].square);
+        }
       }
+      for (int a = 0; a < count; ++a) sums[a].n += square[a], sums[a].pg += pg[a];
     }
     for (int a = 0; a < count; ++a) sums[a].square -= sums[a].pg;
   }
@@ -428,12 +433,7 @@ class Work : ModalityUnit<T, ModalityCrossEntropy> {
           result[k][a] = select<T>(r.valid, select<T>(is_target, s.spread, x), V<T>{});
         }
       }
-      for (int k = 0; k < K; ++k)
-        for (int a = 0; a < count; ++a)
-          if (streams)
-            stream<T, Storage>(to.at(a, k, i), result[k][a]);
-          else
-            Convert<T, Storage>::store(to.at(a, k, i), result[k][a]);
+      store_channels<T>(to, count, i, result, streams);
     }
   }
 

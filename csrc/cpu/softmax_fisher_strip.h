@@ -230,12 +230,7 @@ class Strip {
         }
         for (int a = 0; a < count; ++a) result[k][a] = select<T>(r.valid, fused<T>(bracket, at_c.reference, result[k][a]), V<T>{});
       }
-      for (int k = 0; k < K; ++k)
-        for (int a = 0; a < count; ++a)
-          if (streams)
-            stream<T, Storage>(to.at(a, k, i), result[k][a]);
-          else
-            Convert<T, Storage>::store(to.at(a, k, i), result[k][a]);
+      store_channels<T>(to, count, i, result, streams);
     }
   }
 

@@ -59,6 +59,17 @@ struct Values {
   }
 };
 
+// Writes K channels of every modality of one register of pixels; `streams`: around the caches.
+template <class T, class Storage, int M, int K>
+MRF_INLINE void store_channels(const Cursor<Storage, M>& to, int count, int64_t pixel, const V<T> (&values)[K][kPlaces<M>], bool streams) {
+  for (int k = 0; k < K; ++k)
+    for (int a = 0; a < count; ++a)
+      if (streams)
+        stream<T, Storage>(to.at(a, k, pixel), values[k][a]);
+      else
+        Convert<T, Storage>::store(to.at(a, k, pixel), values[k][a]);
+}
+
 // Of a logarithm: its exponential is exp2, of two modalities exp2 squared.
 template <class T, int M> constexpr T kUnit = T(1.44269504088896340736) / (M == 2 ? 2 : 1);
 
