@@ -15,14 +15,17 @@ import scipy.stats
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
+import modreg_fast as mrf
 from benchmarks.study import runs
 from benchmarks.study.__main__ import main
 from benchmarks.study.analyse import Interval, Study, differences, split
-from benchmarks.study.data import DATA, GAPS, PARTS, Data
+from benchmarks.study.baselines import mmpareto, ogm_ge, pareto
+from benchmarks.study.data import DATA, GAPS, LARGE, PARTS, Data
 from benchmarks.study.methods import METHODS
-from benchmarks.study.models import Fusion
+from benchmarks.study.models import FUSIONS, Fusion, Network
 from benchmarks.study.runs import COLUMNS, Run
-from benchmarks.study.train import drop_modalities, metric, missing, train
+from benchmarks.study.step import Step
+from benchmarks.study.train import drop_modalities, forward, full, metric, missing, train
 from modreg_fast.demo.data import IGNORE
 
 ALL = {**DATA, **GAPS}
@@ -104,10 +107,18 @@ def _small() -> Data:
 def _trained(method: str, weight: float, fusion: Fusion) -> torch.Tensor:
     """The weights after a few steps."""
     model = train(_small(), fusion, METHODS[method], weight, seed=1, steps=3)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    own = model.heads is not None and fusion != "predictions"
+    return torch.cat(
+        [p.detach().flatten() for name, p in model.named_parameters() if not own or not name.startswith("heads.heads.")]
+    )
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].dropout == 0.0 and not METHODS[m].adaptive])
+def _is_penalty(method: str) -> bool:
+    settings = METHODS[method]
+    return settings.dropout == 0.0 and not settings.adaptive and settings.backward is None
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if _is_penalty(m)])
 def test_at_weight_zero_a_method_is_joint_training(method: str) -> None:
     """So all see the same start and the same batches. Gat's draws its noise from torch's generator, which nothing else uses."""
     fusion = METHODS[method].fusions[0]
@@ -119,6 +130,129 @@ def test_a_method_changes_the_network(method: str) -> None:
     fusion = METHODS[method].fusions[0]
     weights = _trained(method, METHODS[method].weights[-1], fusion)
     assert weights.isfinite().all() and (weights - _trained("joint", 0.0, fusion)).abs().max() > 1e-5
+
+
+def _batch(own: bool, fusion: Fusion = "concatenation") -> tuple[Step, torch.Tensor]:
+    """A step of a new network, and its task loss."""
+    data = _small()
+    torch.manual_seed(0)
+    inputs = {m: x[:8] for m, x in data.parts["train"].inputs.items()}
+    model = Network({m: x.shape[1] for m, x in inputs.items()}, data.classes, fusion, spatial=False, own=own)
+    return forward(model, inputs, data.parts["train"].target[:8], mrf.QualityTarget(list(inputs), data.classes))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("method", ["each alone", "own heads"])
+def test_each_alone_is_the_cross_entropy_of_each_modality(method: str, fusion: Fusion) -> None:
+    step, _ = _batch(METHODS[method].own is not None, fusion)
+    losses = []
+    for m, x in step.features.items():
+        if step.model.heads is None:
+            given = {n: step.inputs[n] if n == m else torch.zeros_like(step.inputs[n]) for n in step.inputs}
+            scores = step.model(given)
+        else:
+            scores = step.model.heads.heads[m](x)
+        losses.append(torch.nn.functional.cross_entropy(scores, step.target))
+    penalty = METHODS[method].penalty
+    assert penalty is not None
+    torch.testing.assert_close(penalty(step), torch.stack(losses).mean())
+
+
+def test_a_head_of_its_own_speaks_for_a_modality_whose_others_are_lost() -> None:
+    step, _ = _batch(own=True)
+    model = step.model.eval()
+    assert torch.equal(model(step.inputs), model.joint(model.encode(step.inputs)))
+    assert model.heads is not None
+    own = model.heads.heads["audio"](model.encoders["audio"](step.inputs["audio"]))
+    torch.testing.assert_close(model({"audio": step.inputs["audio"]}), own.log_softmax(1))
+
+
+def test_ogm_ge_slows_the_encoder_that_knows_more_and_adds_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, task = _batch(own=False)
+    names = list(step.inputs)
+    encoders = dict(step.model.encoders.items())
+    plain = {}
+    for encoder in encoders.values():
+        mine = list(encoder.parameters())
+        plain |= dict(zip(mine, torch.autograd.grad(task, mine, retain_graph=True), strict=True))
+    skill = {}
+    for m in names:
+        given = {n: x if n == m else torch.zeros_like(x) for n, x in step.inputs.items()}
+        skill[m] = float(step.model(given).softmax(1)[range(8), step.target].sum().detach())
+    strong, weak = sorted(names, key=lambda m: -skill[m])
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 2.0))
+    ogm_ge(step, task, 0.3)
+    factors = {strong: 1 - np.tanh(0.3 * skill[strong] / skill[weak]), weak: 1.0}
+    for m, encoder in encoders.items():
+        for p in encoder.parameters():
+            assert p.grad is not None
+            expected = factors[m] * plain[p] + 2 * plain[p].std() if p.dim() > 1 else plain[p]
+            torch.testing.assert_close(p.grad, expected)
+
+
+def test_pareto_is_the_shortest_mixture_where_gradients_disagree() -> None:
+    generator = np.random.default_rng(0)
+    disagreed = 0
+    for _ in range(40):
+        g, u = generator.normal(size=(2, 3)) * generator.uniform(0.1, 3, (2, 1))
+        found = torch.cat(pareto([torch.tensor(g[:1]), torch.tensor(g[1:])], [torch.tensor(u[:1]), torch.tensor(u[1:])])).numpy()
+        if g @ u >= 0:
+            np.testing.assert_allclose(found, 1.5 * (g + u))
+            continue
+        disagreed += 1
+        shares = np.linspace(0, 1, 100001)[:, None]
+        mixtures = shares * g + (1 - shares) * u
+        shortest = 2 * mixtures[np.argmin((mixtures**2).sum(1))]
+        long = max(np.linalg.norm(g + u), np.linalg.norm(shortest))
+        np.testing.assert_allclose(found, 1.5 * long * shortest / np.linalg.norm(shortest), rtol=1e-3, atol=1e-3)
+        assert found @ g > 0 and found @ u > 0  # a step that both losses gain from
+    assert disagreed > 10
+
+
+def test_mmpareto_follows_the_sum_of_the_losses_in_the_heads() -> None:
+    step, task = _batch(own=True)
+    own = torch.stack([torch.nn.functional.cross_entropy(x, step.target) for x in step.alone().values()]).sum()
+    heads = {name: p for name, p in step.model.named_parameters() if not name.startswith("encoders.")}
+    expected = torch.autograd.grad(task + 0.3 * own, list(heads.values()), retain_graph=True)
+    followed = []
+    for encoder in step.model.encoders.values():
+        mine = list(encoder.parameters())
+        joint, alone = (torch.autograd.grad(x, mine, retain_graph=True) for x in (task, 0.3 * own))
+        followed += zip(mine, pareto(joint, alone), strict=True)
+    mmpareto(step, task, 0.3)
+    for p, grad in zip(heads.values(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    for p, grad in followed:
+        torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_networks_have_ten_times_the_parameters(name: str) -> None:
+    large, small = LARGE[name](0), DATA[name.removesuffix(", large")](0)
+    for fusion in FUSIONS:
+        counts = []
+        for data in (large, small):
+            channels = {m: x.shape[1] for m, x in data.parts["train"].inputs.items()}
+            model = Network(channels, data.classes, fusion, data.spatial, width=data.setup.width)
+            counts.append(sum(p.numel() for p in model.parameters()))
+        assert counts[0] >= 10 * counts[1]
+
+
+def test_early_stopping_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = LARGE["digits, large"](0)
+    data = data._replace(setup=data.setup._replace(width=4, steps=40, look=1, patience=3))
+    seen = []
+
+    def look(model: Network, data: Data, part: str) -> float:
+        score = [3.0, 5.0, 4.0, 5.0, 1.0, 9.0][len(seen)]  # three looks without a better one than the second
+        seen.append((part, {name: x.clone() for name, x in model.state_dict().items()}))
+        return score
+
+    monkeypatch.setattr("benchmarks.study.train.full", look)
+    model = train(data, "concatenation", METHODS["joint"], 0.0, seed=0)
+    assert len(seen) == 5 and {part for part, _ in seen} == {"validation"}
+    torch.testing.assert_close(dict(model.state_dict()), seen[1][1])
+    assert full(model, data, "test") == pytest.approx(missing(model, data, "test").full)
 
 
 def test_mean_iou_is_that_of_torchmetrics() -> None:

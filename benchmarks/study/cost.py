@@ -6,8 +6,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.study.data import DATA
 from benchmarks.study.methods import METHODS
+from benchmarks.study.runs import load
 from benchmarks.study.train import train
 
 STEPS, REPEATS = 20, 5
@@ -15,7 +15,7 @@ STEPS, REPEATS = 20, 5
 
 def milliseconds(name: str, methods: Sequence[str]) -> dict[str, float]:
     """Method -> median over repeats of the time per step on one thread, the methods in turns."""
-    data = DATA[name](0)
+    data = load(name, 0)
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(REPEATS):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.study.models import SMALL, Setup
 from modreg_fast.demo.data import BLOCK, cut, load_scene, split_blocks
 
 PARTS = ("train", "validation", "test")
@@ -28,12 +29,14 @@ class Part(NamedTuple):
 
 
 class Data(NamedTuple):
-    """``crop``: side of the random crops that training takes, 0 for whole samples. ``batch``: samples per step."""
+    """``crop``: side of the random crops that training takes, 0 for whole samples. ``batch``: samples per step. ``setup``: the network
+    that is trained on it, and for how long."""
 
     parts: dict[str, Part]
     classes: int
     crop: int
     batch: int
+    setup: Setup = SMALL
 
     @property
     def spatial(self) -> bool:
@@ -163,6 +166,18 @@ DATA: dict[str, Callable[[int], Data]] = {
     "home tasks": home_tasks,
 }
 GAPS: dict[str, Callable[[int], Data]] = {f"generated, gap {gap:g}": partial(generated, gap=gap) for gap in (0.0, 0.5)}
+
+
+def _large(name: str, width: int, seed: int) -> Data:
+    """With a network of at least ten times the parameters, and early stopping."""
+    setup = Setup(width, steps=300, learning_rate=2e-3, look=20, patience=5)
+    return DATA[name](seed)._replace(setup=setup)
+
+
+LARGE: dict[str, Callable[[int], Data]] = {
+    "indian pines, large": partial(_large, "indian pines", 72),
+    "digits, large": partial(_large, "digits", 96),
+}
 
 
 def batch_of(data: Data, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:

@@ -1,6 +1,6 @@
-"""What is compared: per method the penalty, what it updates, and the grid of weights."""
+"""What is compared: per method the penalty or its own rule for the gradients, what it updates, and the grid of weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,39 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import modreg_fast as mrf
-from benchmarks.study.models import FUSIONS, Fusion, Network
+from benchmarks.study.baselines import mmpareto, ogm_ge
+from benchmarks.study.models import FUSIONS, Fusion
+from benchmarks.study.step import Step
 from modreg_fast.demo.data import IGNORE
-from modreg_fast.missing import without
 
 Objective = Literal["inverse", "norm", "log"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a training step offers to a penalty. ``values``: cross entropy ``(B, *spatial)``; ``mask``: its labelled positions, None
-    for all; ``quality``: lives as long as the training."""
-
-    model: Network
-    inputs: Mapping[str, Tensor]
-    features: Mapping[str, Tensor]
-    scores: Tensor
-    values: Tensor
-    target: Tensor
-    mask: Tensor | None
-    quality: mrf.QualityTarget
-
-
-@dataclass(frozen=True)
 class Method:
     """``penalty`` times a weight is added to the cross entropy; ``head_only``: it updates fusion and classifier only. ``adaptive``:
-    the weight is the ratio of an AdaptiveWeight. ``dropout``: the probability that a sample loses a modality; None: it takes the
-    place of the weight. ``fusions``: that it is tried with."""
+    the weight is the ratio of an AdaptiveWeight. ``backward``: sets the gradients itself, given the cross entropy and the weight.
+    ``own``: each modality has a head of its own, which speaks for it where others are lost, or is there in training only (``"train"``),
+    so that the joint head speaks. ``dropout``: the probability that a sample loses a modality; None: it takes the place of the weight.
+    ``fusions``: that it is tried with."""
 
     penalty: Callable[[Step], Tensor] | None = None
     weights: Sequence[float] = (0.0,)
     dropout: float | None = 0.0
     head_only: bool = False
     adaptive: bool = False
+    backward: Callable[[Step, Tensor, float], None] | None = None
+    own: Literal["speak", "train"] | None = None
     fusions: Sequence[Fusion] = FUSIONS
 
     def weight(self, value: float) -> float:
@@ -80,7 +70,7 @@ def perturbed(step: Step) -> Tensor:
 
 def own_predictions(step: Step) -> Tensor:
     """The feature term at the scores from each modality alone, in place of its features."""
-    scores = {m: [step.model.fuse(given)] for m, given in alone(step).items()}
+    scores = {m: [x] for m, x in step.alone().items()}
     return mrf.FunctionalEntropyLoss(1.0, 1.0, "log")(scores, mask=step.mask)
 
 
@@ -89,23 +79,16 @@ def attribution(step: Step, norm: Literal["l1", "l2"] = "l1", quality: bool = Fa
     target = None
     if quality:
         with torch.no_grad():
-            own = {m: step.model.fuse(given) for m, given in alone(step).items()}
+            own = step.alone()
         target = step.quality(own, step.target, mask=step.mask)
     index = step.target if labels else None
     return mrf.AttributionLoss(norm=norm)(step.scores, step.features, index=index, mask=step.mask, target=target)
 
 
-def alone(step: Step) -> dict[str, dict[str, Tensor]]:
-    """Modality -> features in which it alone is given, the others as their encoders see an input of zeros."""
-    absent = step.model.encode({m: torch.zeros_like(x[:1]) for m, x in step.inputs.items()})
-    subsets = without(step.features, drop=lambda m, x: absent[m].expand_as(x))
-    return {subset[0]: given for subset, given in subsets if len(subset) == 1}
-
-
 def each_alone(step: Step) -> Tensor:
-    """Mean over the modalities of the cross entropy from that modality alone."""
-    scores = [step.model.fuse(given) for given in alone(step).values()]
-    return torch.stack([F.cross_entropy(x, step.target, ignore_index=IGNORE) for x in scores]).mean()
+    """Mean over the modalities of the cross entropy from that modality alone; the joint one is in the task loss already."""
+    criterion = mrf.ModalityCrossEntropy(joint_weight=0.0, ignore_index=IGNORE)
+    return criterion(step.alone(), step.target)
 
 
 def each_alone_and_attribution(step: Step) -> Tensor:
@@ -142,7 +125,11 @@ METHODS: dict[str, Method] = {
     "attribution, L1, adaptive": Method(attribution, SHARE, adaptive=True, fusions=ATTRIBUTION),
     "dropout + both, log": Method(partial(both, objective="log"), LOG, dropout=DROPOUT, fusions=ENTROPY),
     "dropout + attribution, L1": Method(attribution, SHARE, dropout=DROPOUT, fusions=ATTRIBUTION),
-    "each alone": Method(each_alone, (0.3, 1.0, 3.0)),
+    "OGM-GE": Method(weights=SHARE, backward=ogm_ge),
+    "MMPareto": Method(weights=SHARE, backward=mmpareto, own="speak"),
+    "each alone": Method(each_alone, SHARE),
+    "own heads": Method(each_alone, SHARE, own="speak"),
+    "own heads, joint speaks": Method(each_alone, SHARE, own="train"),
     "each alone + dropout": Method(each_alone, (0.2, 0.4), dropout=None, fusions=PAPERS),
-    "each alone + attribution, L1": Method(each_alone_and_attribution, (0.3, 1.0, 3.0), fusions=ATTRIBUTION),
+    "each alone + attribution, L1": Method(each_alone_and_attribution, SHARE, fusions=ATTRIBUTION),
 }

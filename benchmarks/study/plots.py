@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.study.analyse import Study
-from benchmarks.study.data import DATA, GAPS
+from benchmarks.study.data import DATA, GAPS, LARGE
 from benchmarks.study.methods import METHODS
 from benchmarks.study.runs import GAP_METHODS
 from benchmarks.study.train import NOISE
@@ -24,7 +24,8 @@ History = Sequence[Mapping[str, float]]  # of benchmarks.study.watch
 MEASURES = {"full": ("all modalities", "#666666"), "mean": ("mean over subsets", "#0072b2"), "worst": ("worst subset", "#d55e00")}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6a700", "#56b4e9")
 POINTS = (-30, -10, -3, 0, 3, 10, 30)
-SHOWN = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
+SHOWN = ("joint", "dropout", "feature, log", "attribution, L1", "each alone", "own heads")
+RECIPE = ("joint", "OGM-GE", "feature, log", "attribution, L1", "dropout", "MMPareto", "each alone", "own heads")
 
 
 def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
@@ -43,14 +44,16 @@ def save(folder: Path, study: Study, watched: Mapping[str, History]) -> None:
 
 def recipe(study: Study) -> Figure:
     """The scores behind the advice, over the fusions that all of its methods were tried with."""
-    methods = _shown(study, ("joint", "feature, log", "attribution, L1", "dropout", "each alone"))
-    figure, axes = plt.subplots(1, len(DATA), figsize=(11, 3.2), sharey=True, layout="constrained")
-    for ax, data in zip(axes, DATA, strict=True):
-        fusions = [f for f in study.fusions(data, methods[0]) if all(f in study.fusions(data, m) for m in methods)]
+    methods = _shown(study, RECIPE)
+    names = [name for name in (*DATA, *LARGE) if study.fusions(name, methods[0])]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 4), sharey=True, layout="constrained")
+    for ax, data in zip(axes, names, strict=True):
+        tried = [m for m in methods if study.fusions(data, m)]
+        fusions = [f for f in study.fusions(data, methods[0]) if all(f in study.fusions(data, m) for m in tried)]
         for i, measure in enumerate(("full", "worst")):
             label, colour = MEASURES[measure]
-            heights = [len(methods) - j + 0.2 - 0.4 * i for j in range(len(methods))]
-            found = [fmean(study.scores(data, m, measure, fusions)) for m in methods]
+            heights = [len(methods) - methods.index(m) + 0.2 - 0.4 * i for m in tried]
+            found = [fmean(study.scores(data, m, measure, fusions)) for m in tried]
             bars = ax.barh(heights, found, 0.36, color=colour, label=label)
             ax.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
         ax.set_title(data)

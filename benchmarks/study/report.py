@@ -1,6 +1,6 @@
 """The page and its tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,11 +9,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.study import plots
 from benchmarks.study.analyse import Interval, Study, interval
-from benchmarks.study.data import DATA, PARTS
+from benchmarks.study.data import DATA, LARGE, PARTS
 from benchmarks.study.methods import METHODS
-from benchmarks.study.models import FUSIONS
-from benchmarks.study.runs import load
-from benchmarks.study.train import STEPS
+from benchmarks.study.models import FUSIONS, SMALL
+from benchmarks.study.runs import LARGE_METHODS, load
 from modreg_fast._output import write as write_text
 
 
@@ -32,19 +31,24 @@ def write(
     context: dict[str, Any] = {
         "study": study,
         "data": list(DATA),
+        "large": [name for name in LARGE if study.fusions(name, "joint")],
+        "large_methods": [m for m in LARGE_METHODS if m in methods],
+        "recipes": [m for m in ("each alone", "own heads") if m in methods],
+        "setups": {name: load(name, 0).setup for name in LARGE},
+        "small": SMALL,
+        "speaking": speaking(study),
         "fusions": FUSIONS,
         "methods": methods,
         "grids": METHODS,
         "sizes": {name: [len(load(name, 0).parts[part].target) for part in PARTS] for name in DATA},
-        "steps": STEPS,
         "milliseconds": milliseconds,
         "watched": watched,
         "interval": interval,
         "fmean": fmean,
         "helped": helped,
         "spread": spread,
-        "alone_methods": [m for m in ("joint", "dropout", "attribution, L1", "each alone") if m in methods],
-        "beside_dropout": [m for m in methods if m.startswith(("dropout +", "each alone"))],
+        "alone_methods": [m for m in ("joint", "dropout", "attribution, L1", "each alone", "own heads") if m in methods],
+        "beside_dropout": [m for m in methods if m.startswith(("dropout +", "OGM", "MMP", "each alone", "own heads"))],
     }
     page = output / "study.md"
     write_text(page, environment.get_template("study.md.j2").render(context))
@@ -63,15 +67,22 @@ def change(x: Interval) -> str:
     return f"**{x.mean:+.1f}**" if x.clear else f"{x.mean:+.1f}"
 
 
-def helped(study: Study, method: str, baseline: str = "joint") -> list[str]:
-    """The data sets where a method raises mean and worst subset, and costs at most a point with all modalities."""
-    return [
-        name
-        for name in DATA
-        if study.effect(name, method, "mean", baseline).mean > 0
-        and study.effect(name, method, "worst", baseline).mean > 0
-        and study.effect(name, method, "full", baseline).mean >= -1
-    ]
+def helped(
+    study: Study, method: str, baseline: str = "joint", weight: float | None = None, data: Sequence[str] = tuple(DATA)
+) -> list[str]:
+    """Of ``data`` those where a method raises mean and worst subset, and costs at most a point with all modalities."""
+
+    def change(name: str, measure: str) -> float:
+        return study.effect(name, method, measure, baseline, weight).mean
+
+    return [name for name in data if change(name, "mean") > 0 and change(name, "worst") > 0 and change(name, "full") >= -1]
+
+
+def speaking(study: Study) -> tuple[int, int]:
+    """Of the trainings with own heads: where the mean over the subsets of the validation part is higher when they speak, and all."""
+    pairs = [(run, run._replace(method="own heads, joint speaks")) for run in study.rows if run.method == "own heads"]
+    means = [[float(study.rows[run]["validation mean"]) for run in pair] for pair in pairs if pair[1] in study.rows]
+    return sum(own > joint for own, joint in means), len(means)
 
 
 def spread(study: Study, name: str, method: str) -> float:

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.study.data import DATA, GAPS, Data
+from benchmarks.study.data import DATA, GAPS, LARGE, Data
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.models import FUSIONS
-from benchmarks.study.train import NOISE, STEPS, inside, missing, noisy, train
+from benchmarks.study.train import NOISE, inside, missing, noisy, train
 from modreg_fast._output import write
 from modreg_fast.missing import MissingModalities
 
 ALONE = "alone: "
-GAP_METHODS = ("joint", "dropout", "feature, log", "attribution, L1", "each alone")
+GAP_METHODS = ("joint", "dropout", "feature, log", "attribution, L1", "each alone", "own heads")
+LARGE_METHODS = ("joint", "dropout", "OGM-GE", "MMPareto", "each alone", "own heads")
 SCORES = ("full", "mean", "std", "worst")
 
 
@@ -57,6 +58,9 @@ def grid(seeds: int, methods: Sequence[str] = tuple(METHODS)) -> list[Run]:
                 runs += _trainings(name, fusion, [m for m in methods if fusion in METHODS[m].fusions], seed)
         for name in GAPS:
             runs += _trainings(name, "concatenation", [m for m in GAP_METHODS if m in methods], seed)
+        for name in LARGE:
+            for fusion in FUSIONS:
+                runs += _trainings(name, fusion, [m for m in LARGE_METHODS if m in methods], seed)
     return runs
 
 
@@ -66,17 +70,17 @@ def _trainings(name: str, fusion: str, methods: Sequence[str], seed: int) -> lis
 
 @lru_cache(maxsize=8)
 def load(name: str, seed: int) -> Data:
-    return (DATA | GAPS)[name](seed)
+    return (DATA | GAPS | LARGE)[name](seed)
 
 
-def perform(run: Run, steps: int = STEPS) -> dict[str, Any]:
+def perform(run: Run, steps: int | None = None) -> dict[str, Any]:
     """Trains, and returns the row of the file."""
     torch.set_num_threads(1)  # tensors this small gain nothing from a second one
     data = load(run.data, run.seed)
     only = run.method.removeprefix(ALONE) if run.method.startswith(ALONE) else None
     method = Method() if only else METHODS[run.method]
     model = train(data, run.fusion, method, run.weight, run.seed, only, steps)  # type: ignore[arg-type]
-    validation, test = (missing(model, data, part) for part in ("validation", "test"))
+    validation, test = (missing(model, data, part, method.own == "speak") for part in ("validation", "test"))
     return {
         **run._asdict(),
         **{f"validation {name}": x for name, x in _scores(validation).items()},
@@ -103,7 +107,7 @@ def read(path: Path) -> dict[Run, dict[str, str]]:
 
 
 def finish(
-    path: Path, runs: Sequence[Run], workers: int, steps: int = STEPS, advance: Callable[[], object] = lambda: None
+    path: Path, runs: Sequence[Run], workers: int, steps: int | None = None, advance: Callable[[], object] = lambda: None
 ) -> dict[Run, dict[str, str]]:
     """Performs what ``path`` lacks of ``runs``, writes each row as it comes, and returns all rows of ``runs``."""
     done = read(path)

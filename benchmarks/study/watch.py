@@ -8,9 +8,10 @@ from torch import Tensor
 
 import modreg_fast as mrf
 from benchmarks.study.data import DATA
-from benchmarks.study.methods import Method, Step, attribution, each_alone, feature, prediction
-from benchmarks.study.models import Fusion
-from benchmarks.study.train import STEPS, train
+from benchmarks.study.methods import Method, attribution, each_alone, feature, prediction
+from benchmarks.study.models import SMALL, Fusion
+from benchmarks.study.step import Step
+from benchmarks.study.train import train
 
 PENALTIES = {
     "feature, inverse": lambda step: feature(step, "inverse"),
@@ -22,7 +23,7 @@ PENALTIES = {
 }
 
 
-def watch(name: str, fusion: Fusion, seed: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
+def watch(name: str, fusion: Fusion, seed: int = 0, steps: int = SMALL.steps) -> list[dict[str, Any]]:
     """Per watched step: norms of gradients at the parameters of the encoders (of the task also per encoder), information, shares and
     the loss of each modality alone."""
     rows = []
