@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from modreg_fast.backends.measured import CANDIDATES, MEASURED
+
 
 class BackendStatus(NamedTuple):
     """Whether a backend is usable here, and what it runs on or why it is not.
@@ -49,13 +51,20 @@ _override: str | None = None  # set by use_backend; a plain global, because torc
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend with its :class:`BackendStatus`: usable here and on what, or why it is not. In the order of preference.
+    """Every backend with its :class:`BackendStatus`: usable here and on what, or why it is not. In the order of preference; where triton
+    and cuda are both usable, each pass of an op runs on the one that was measured to be faster for its dtype, layout and channels
+    (docs/gpu.md#the-faster-one).
 
     Example:
         >>> backends()["reference"]
         BackendStatus(available=True, detail='plain PyTorch, any device')
     """
-    return dict(_STATUS)
+    found = dict(_STATUS)
+    if all(found[name].available for name in CANDIDATES):
+        for name in CANDIDATES:
+            said = f"{found[name].detail}; by default what was measured to be faster here (docs/gpu.md#the-faster-one)"
+            found[name] = BackendStatus(True, said)
+    return found
 
 
 def _require(name: str, source: str) -> str:
@@ -72,7 +81,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Every op called in this block runs on backend ``name``; process-wide, like the flags of ``torch.backends``.
 
     An explicit ``backend=`` argument wins over it, and it wins over the environment variable ``MODREG_FAST_BACKEND``. The
-    backward pass of an op runs on the backend of its forward pass, wherever it is called.
+    backward pass of an op runs on the backend that was chosen for its forward pass, wherever it is called.
 
     Raises:
         ValueError: an unknown name.
@@ -95,14 +104,17 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def resolve(backend: str | None, tensor: Tensor, function: str, stem: str | None = None) -> str:
-    """Who computes for ``tensor``: the argument, :func:`use_backend`, ``MODREG_FAST_BACKEND``, or the best for its device. ``stem``: of an
-    op that not every backend has."""
+    """Who computes for ``tensor``: the argument, :func:`use_backend`, ``MODREG_FAST_BACKEND``, or the best for its device; ``"measured"``
+    where that depends on the pass of the op ``stem``."""
     device = tensor.device.type
     name = backend or _override or _environment
     if name is None:
-        for name, entry in _REGISTRY.items():
-            if _STATUS[name].available and (entry.devices is None or device in entry.devices) and computes(name, stem):
-                return name
+        usable = [
+            name
+            for name, entry in _REGISTRY.items()
+            if _STATUS[name].available and (entry.devices is None or device in entry.devices) and computes(name, stem)
+        ]
+        return MEASURED if stem is not None and usable[: len(CANDIDATES)] == list(CANDIDATES) else usable[0]
     name = _require(str(name), function)
     devices = _REGISTRY[name].devices
     if devices is not None and device not in devices:

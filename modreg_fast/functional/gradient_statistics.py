@@ -105,7 +105,9 @@ def gradient_statistics(
 
     masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
     validate.number(eps, function, "eps")
-    name = resolve(backend, checked_grads[0], function) if batch else "reference"  # no kernel runs over nothing
+    name = (
+        resolve(backend, checked_grads[0], function, "gradient_statistics") if batch else "reference"
+    )  # no kernel runs over nothing
     problem = Problem(checked_grads, checked_features, checked_values, masks, float(eps), maps, channel_dim)
     fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
     return GradientStatistics(

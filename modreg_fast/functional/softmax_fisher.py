@@ -128,7 +128,7 @@ def softmax_fisher_with_counts(
     noise_seed = _draw_seed(seed, generator, device, function) if any(s > 0 for s in sigmas) else None
     if noise_seed is None:
         samples = 1  # without noise every draw is the same
-    name = resolve(backend, by_scale[0][0], function) if batch else "reference"  # no kernel runs over nothing
+    name = resolve(backend, by_scale[0][0], function, "softmax_fisher") if batch else "reference"  # no kernel runs over nothing
     problem = Problem(
         [xs[m] for m in range(modalities) for xs in by_scale],
         masks,

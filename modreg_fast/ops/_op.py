@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modreg_fast.backends import implementation
+from modreg_fast.backends.measured import chosen
 from modreg_fast.ops import _eager
 from modreg_fast.ops._autograd import Form, flattened, gradients_of, laid_out_like, restored, vector_jacobian_product
 
@@ -74,11 +75,14 @@ class Op:
     # ---- what all ways run ----
 
     def run(self, problem: Any, backend: str) -> Any:
-        return implementation(backend, self.stem).forward(problem.flat())
+        problem = problem.flat()
+        return implementation(chosen(backend, self.stem, "forward", problem), self.stem).forward(problem)
 
     def run_backward(self, inputs: Sequence[Any], backend: str) -> list[Tensor]:
         upstream, result, problem = self._parted(inputs)
-        gradients = problem.shaped(implementation(backend, self.stem).backward(problem.flat(), result, upstream))
+        flat = problem.flat()
+        computing = implementation(chosen(backend, self.stem, "backward", flat), self.stem)
+        gradients = problem.shaped(computing.backward(flat, result, upstream))
         return laid_out_like(gradients, self._differentiable(problem))
 
     def second_gradients(self, inputs: Sequence[Tensor], form: Form, upstream: Sequence[Tensor]) -> list[Tensor | None]:
