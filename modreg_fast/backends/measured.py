@@ -33,6 +33,14 @@ TIMES: dict[tuple[str, str, int, str], tuple[tuple[int, float, float], ...]] = {
     ("gradient_statistics", "backward", 2, "pixels"): ((64, 1.288, 1.237),),
     ("gradient_statistics", "forward", 2, "channels"): (),
     ("gradient_statistics", "backward", 2, "channels"): (),
+    ("modality_cross_entropy", "forward", 4, "pixels"): (),
+    ("modality_cross_entropy", "backward", 4, "pixels"): (),
+    ("modality_cross_entropy", "forward", 4, "channels"): (),
+    ("modality_cross_entropy", "backward", 4, "channels"): (),
+    ("modality_cross_entropy", "forward", 2, "pixels"): (),
+    ("modality_cross_entropy", "backward", 2, "pixels"): (),
+    ("modality_cross_entropy", "forward", 2, "channels"): (),
+    ("modality_cross_entropy", "backward", 2, "channels"): (),
 }
 
 
