@@ -70,7 +70,7 @@ def each_alone(
             got = f"shape {validate.shape(x)}" if isinstance(x, Tensor) else type(x).__name__
             expected = f"a head that returns tensors of the batch that it is given ({batch * len(names)}), or batched=False"
             validate.fail("each_alone", "head", expected, got)
-        return x.split(batch)
+        return x.tensor_split(len(names))  # not split(batch), which cannot be 0
 
     leaves, form = tree_flatten(together)
     return {m: tree_unflatten(list(x), form) for m, x in zip(names, zip(*map(parts, leaves), strict=True), strict=True)}
@@ -153,6 +153,8 @@ class ModalityHeads(nn.Module):
     In training ``heads(features)`` returns ``ModalityLogits(joint, alone)`` for ``ModalityCrossEntropy()(alone, target, joint=joint)``. In
     evaluation it returns logits: for a sample with all modalities those of the joint head, which is all that runs when every sample has
     them; for another the logarithm of the mean probability over the heads of the modalities that it has.
+    A lost modality is left out, not set to zeros, which the joint head would take for an input:
+    ``evaluate_missing(model, data, metric, drop=lambda m, x: None)``.
 
     Args:
         joint: called with ``{modality: features}``, returns logits ``(B, C, *spatial)``.

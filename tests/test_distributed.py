@@ -28,7 +28,7 @@ CASES = {
     "rank_without_a_modality": (1, 3),
     "four": (1, 1, 1, 1),
 }
-LOSSES = ["inverse", "norm", "attribution_l1", "prediction", "all"]
+LOSSES = ["inverse", "norm", "attribution_l1", "prediction", "each_alone", "own_logits", "all"]
 SHARDED_LOSSES = LOSSES[:-1]  # "all" differentiates by features that lie before a sharded encoder
 
 
@@ -41,12 +41,15 @@ class Model(nn.Module):
         self.second = nn.ModuleDict({m: nn.Conv2d(3, 4, 3, 2, 1) for m in "ab"})
         self.head = nn.Conv2d(8, 3, 1)
 
+    def fuse(self, features):
+        return self.head(torch.cat([*features.values()], 1))
+
     def forward(self, x):
         features = {}
         for m in "ab":
             first = self.first[m](x[m]).tanh()
             features[m] = [first, self.second[m](first).tanh()]
-        return self.head(torch.cat([f[1] for f in features.values()], 1)), features
+        return self.fuse({m: f[1] for m, f in features.items()}), features
 
 
 def data(case):
@@ -67,11 +70,12 @@ def data(case):
 def penalty(kind, model, batch, group, backend):
     """One penalty of the model on a batch, with its details. A task loss of 0 beside it: DDP waits for every parameter."""
     scores, features = model(batch[0])
-    value, details = penalty_of(kind, scores, features, *batch[1:], group, backend)
+    head = getattr(model, "module", model).fuse
+    value, details = penalty_of(kind, head, scores, features, *batch[1:], group, backend)
     return value + 0 * scores.sum(), details
 
 
-def penalty_of(kind, scores, features, labels, mask, present, group, backend):
+def penalty_of(kind, head, scores, features, labels, mask, present, group, backend):
     options = {"process_group": group, "backend": backend}
     if kind in ("inverse", "norm"):
         loss = mrf.FunctionalEntropyLoss(1.0, objective=kind, scale_weights=[1.0, 0.5], **options)
@@ -84,6 +88,15 @@ def penalty_of(kind, scores, features, labels, mask, present, group, backend):
         values = F.cross_entropy(scores, labels, reduction="none")
         loss = mrf.FunctionalEntropyLoss(prediction_weight=1.0, **options)
         return loss.prediction_term(values, {m: f[1] for m, f in features.items()}, mask=mask, return_details=True)
+    if kind in ("each_alone", "own_logits"):
+        # Class weights, so that the ranks' means have other denominators than their counts of pixels.
+        options["class_weight"] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        loss = mrf.ModalityCrossEntropy(0.7, information_weight=1e-2, label_smoothing=0.1, **options)
+        deep = {m: f[1] for m, f in features.items()}
+        own = mrf.each_alone(head, deep) if kind == "each_alone" else {m: f[:, :3] for m, f in deep.items()}
+        joint = scores if kind == "each_alone" else None
+        value, details = loss(own, labels.where(mask, -100), joint=joint, present=present, return_details=True)
+        return value, (details.cross_entropy, {"joint": details.joint}, details.information)
     steer, balance = mrf.AttributionLoss(norm="l2", **options), mrf.FunctionalEntropyLoss(1e-2, 1e-4, **options)
     value = steer(scores, features, mask=mask) + balance(features, mask=mask)
     return value + balance.prediction_term(

@@ -87,6 +87,15 @@ def test_the_others_are_absent(kind, absent, batched):
         assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_batch_without_samples(batched):
+    """As a rank may hold one."""
+    conv = nn.Conv2d(8, 3, 1)
+    empty = {m: x[:0] for m, x in features().items()}
+    alone = mrf.each_alone(lambda f: conv(torch.cat([*f.values()], 1)), empty, batched=batched)
+    assert {m: x.shape for m, x in alone.items()} == dict.fromkeys(empty, (0, 3, 5, 6))
+
+
 def test_several_scales_and_structures():
     head, f = Pyramid(), features(scales=2)
     absent = {m: [torch.randn(1, 4, 5, 6) for _ in range(2)] for m in f}

@@ -7,6 +7,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import modreg_fast as mrf
 
@@ -101,6 +102,40 @@ def test_compiled_into_one_graph(backend):
     helpers.assert_close(losses[1], helpers.wide(losses[0]), 1e-6)
     expected, actual = (helpers.gradients(loss, list(logits.values()), None) for loss in losses)
     helpers.assert_close(actual, helpers.wide(expected), 1e-6)
+
+
+class Concatenation(torch.nn.Conv2d):
+    def forward(self, features):
+        return super().forward(torch.cat([*features.values()], 1))
+
+
+def trained(backend, way):
+    """Gradients of a network with own heads from four samples with equally many valid pixels each."""
+    torch.manual_seed(0)
+    encoders = torch.nn.ModuleDict({m: torch.nn.Conv2d(3, 4, 3, padding=1) for m in ("rgb", "depth")}).double()
+    heads = mrf.ModalityHeads(Concatenation(8, 5, 1), lambda m: torch.nn.Conv2d(4, 5, 1), ["rgb", "depth"]).double()
+    criterion = mrf.ModalityCrossEntropy(ignore_index=255, label_smoothing=0.1, backend=backend)
+    inputs = {m: torch.randn(4, 3, 6, 3, dtype=torch.float64) for m in encoders}
+    target = torch.randint(5, (4, 6, 3))
+    target[:, 2] = 255
+
+    def loss(inputs, target):
+        joint, alone = heads({m: encoders[m](x).tanh() for m, x in inputs.items()})
+        return criterion(alone, target, joint=joint)
+
+    if way == "accumulated":
+        for part in (slice(0, 2), slice(2, 4)):
+            (loss({m: x[part] for m, x in inputs.items()}, target[part]) / 2).backward()
+    elif way == "checkpointed":
+        checkpoint(loss, inputs, target, use_reentrant=False).backward()
+    else:
+        loss(inputs, target).backward()
+    return [p.grad for p in (*encoders.parameters(), *heads.parameters())]
+
+
+@pytest.mark.parametrize("way", ["accumulated", "checkpointed"])
+def test_gradients_of_the_whole_batch(backend, way):
+    helpers.assert_close(trained(backend, way), trained(backend, "at once"), 1e-9)
 
 
 def test_class_weight_is_a_buffer_and_copies_are_equal(backend):

@@ -44,7 +44,7 @@ SPLITS = {
     ],
 }
 CASES = ["no_mask", "uneven", "rank_without_valid_pixels", "nothing_valid"]
-KINDS = ["inverse", "log", "pixel", "sample", "l1", "l2"]
+KINDS = ["inverse", "log", "pixel", "sample", "l1", "l2", "cross_entropy"]
 
 
 class Head(nn.Module):
@@ -96,6 +96,12 @@ def outcome(kind, batch, samples=slice(None), rows=slice(None), **options):
         values = F.cross_entropy(scores, labels, reduction="none")
         inputs = {m: scales[1] for m, scales in features.items()}
         value, details = balance.prediction_term(values, inputs, mask=mask, granularity=kind, return_details=True)
+    elif kind == "cross_entropy":
+        criterion = mrf.ModalityCrossEntropy(0.7, information_weight=1e-2, label_smoothing=0.1, **options)
+        own = {m: scales[0] for m, scales in features.items()}
+        target = labels if mask is None else labels.where(mask, -100)
+        value, found = criterion(own, target, joint=scores, present=present, return_details=True)
+        details = found.cross_entropy, {"joint": found.joint}, found.information
     else:
         steer = mrf.AttributionLoss({"a": 1, "b": 3}, kind, **options)
         index = labels if kind == "l1" else None
@@ -157,7 +163,7 @@ def test_parts_equal_the_whole(ranks, backend, split, case, kind):
     helpers.assert_close(mean, head, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["inverse", "pixel", "sample", "l1"])
+@pytest.mark.parametrize("kind", ["inverse", "pixel", "sample", "l1", "cross_entropy"])
 def test_the_comparison_has_power(ranks, backend, kind):
     """Rows taken for samples of their own give something else."""
     value = outcome(kind, batch_of("uneven"), backend=backend)[0].item()
