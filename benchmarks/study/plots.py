@@ -144,7 +144,7 @@ def gap(study: Study) -> Figure:
         ax.set_xlabel("gap: depth shows heights (0) to stripes (1)")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("mean IoU on test images, %")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower left")
     return figure
 
 

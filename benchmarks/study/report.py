@@ -8,11 +8,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.study import plots
-from benchmarks.study.analyse import Interval, Study, interval
+from benchmarks.study.analyse import POINT, Interval, Study, interval
 from benchmarks.study.data import DATA, LARGE, PARTS
 from benchmarks.study.methods import METHODS
 from benchmarks.study.models import FUSIONS, SMALL
-from benchmarks.study.runs import LARGE_METHODS, load
+from benchmarks.study.runs import LARGE_METHODS, Run, load
 from modreg_fast._output import write as write_text
 
 
@@ -46,6 +46,7 @@ def write(
         "interval": interval,
         "fmean": fmean,
         "helped": helped,
+        "default_on_validation": default_on_validation,
         "spread": spread,
         "alone_methods": [m for m in ("joint", "dropout", "attribution, L1", "each alone", "own heads") if m in methods],
         "beside_dropout": [m for m in methods if m.startswith(("dropout +", "OGM", "MMP", "each alone", "own heads"))],
@@ -68,14 +69,32 @@ def change(x: Interval) -> str:
 
 
 def helped(
-    study: Study, method: str, baseline: str = "joint", weight: float | None = None, data: Sequence[str] = tuple(DATA)
+    study: Study,
+    method: str,
+    baseline: str = "joint",
+    weight: float | None = None,
+    data: Sequence[str] = tuple(DATA),
+    cost: float = POINT,
 ) -> list[str]:
-    """Of ``data`` those where a method raises mean and worst subset, and costs at most a point with all modalities."""
+    """Of ``data`` those where a method raises mean and worst subset, and costs at most ``cost`` with all modalities."""
 
     def change(name: str, measure: str) -> float:
         return study.effect(name, method, measure, baseline, weight).mean
 
-    return [name for name in data if change(name, "mean") > 0 and change(name, "worst") > 0 and change(name, "full") >= -1]
+    return [name for name in data if change(name, "mean") > 0 and change(name, "worst") > 0 and change(name, "full") >= -cost]
+
+
+def default_on_validation(study: Study, method: str, data: Sequence[str]) -> tuple[int, int]:
+    """Of ``data`` on how many weight 1 has, on the validation parts, the highest mean over the subsets of all weights, and on how many it
+    costs at most a point there with all modalities."""
+
+    def mean(name: str, method: str, weight: float, measure: str) -> float:
+        rows = [study.rows[Run(name, f, method, weight, seed)] for f in study.fusions(name, method) for seed in study.seeds]
+        return fmean(float(row[f"validation {measure}"]) for row in rows)
+
+    best = [max(METHODS[method].weights, key=lambda w: mean(name, method, w, "mean")) for name in data]
+    cost = [mean(name, "joint", 0.0, "full") - mean(name, method, 1.0, "full") for name in data]
+    return best.count(1.0), sum(x <= POINT for x in cost)
 
 
 def speaking(study: Study) -> tuple[int, int]:
