@@ -10,6 +10,8 @@ from pathlib import Path
 
 import fuzzing
 import pytest
+import torch
+import wrong_calls
 
 import modreg_fast as mrf
 
@@ -39,3 +41,22 @@ def test_wrong_calls():
 @pytest.mark.parametrize("first", range(0, 10_000, 2500))
 def test_ten_thousand_wrong_calls(first):
     assert not faults(first, first + 2500)
+
+
+RECORDS = {
+    *("Audit", "AttributionDetails", "BackendStatus", "CrossEntropyDetails", "GradientStatistics", "InformationDetails"),
+    *("MissingModalities", "ModalityLogits", "ModalitySums"),
+}
+
+
+@pytest.mark.skipif(not mrf.backends()["cpu"].available, reason="the raw ops are those of the native extension")
+def test_every_public_function_and_every_op_is_called():
+    """So that a new one cannot be forgotten."""
+    called = set(wrong_calls.targets())
+    public = {name for space in (mrf, mrf.functional) for name in space.__all__ if callable(getattr(space, name))}
+    assert public - RECORDS - {"backends"} <= called  # backends() has no arguments
+    ops = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    native = {f"native.{name.split('::')[1]}" for name in ops if name.startswith("modreg_fast_native::")}
+    custom = {f"custom.{name}" for name in mrf.ops.__all__}
+    without_arguments = {"native.cpu_instruction_set", "native.cuda_architectures"}
+    assert native - without_arguments | custom <= called

@@ -239,13 +239,18 @@ def targets() -> dict[str, Target]:
                 **{"label_smoothing": "number", "objective": "choice", "eps": "number"},
             },
         ),
-        "each_alone": Target(mrf.each_alone, lambda: {"head": Model(), "features": batch()[0]}, {"features": "none"}),
+        "each_alone": Target(
+            mrf.each_alone,
+            lambda: {"head": Model(), "features": batch()[0], "absent": batch()[0]},
+            {"head": "callable", "features": "named", "absent": "absent"},
+        ),
         "ModalityHeads": Target(
-            lambda joint, features, present: mrf.ModalityHeads(joint, {"rgb": nn.Linear(5, 3), "depth": nn.Linear(4, 3)}).eval()(
-                features, present=present
-            ),
-            lambda: {"joint": Model(), "features": batch()[0], "present": bools(4, M)},
-            {"joint": "object", "features": "none", "present": "optional"},
+            lambda joint, heads, features, present: mrf.ModalityHeads(joint, heads).eval()(features, present=present),
+            lambda: {
+                **{"joint": Model(), "heads": {"rgb": nn.Linear(5, 3), "depth": nn.Linear(4, 3)}},
+                **{"features": batch()[0], "present": bools(4, M)},
+            },
+            {"joint": "object", "heads": "heads", "features": "named", "present": "optional"},
         ),
         "softmax_fisher_information": Target(
             functional.softmax_fisher_information,
@@ -349,6 +354,12 @@ def targets() -> dict[str, Target]:
             custom.softmax_fisher,
             custom_softmax_fisher,
             {"sigma": "sigma", "eps": "number", "samples": "integer", "backend": "custom_backend"},
+            public=False,
+        ),
+        "custom.modality_cross_entropy": Target(
+            custom.modality_cross_entropy,
+            lambda: {**raw_cross_entropy(), "channel_dim": 1, "backend": "cpu"},
+            {"label_smoothing": "number", "eps": "number", "backend": "custom_backend"},
             public=False,
         ),
         "custom.gradient_statistics": Target(

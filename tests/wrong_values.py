@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 import torch.distributed as dist
 from torch import Tensor
 
@@ -181,6 +182,20 @@ SPECIAL: dict[str, Mapping[str, object]] = {
         "rank": torch.ones(1),
     },
     "object": OBJECTS,
+    "named": {
+        "text": "x",
+        "None": None,
+        "list": [1],
+        "empty": {},
+        "other": {"ir": floats(4, 5)},
+        "numbers": {"rgb": 3, "depth": 3},
+    },
+    "absent": {
+        **{"text": "x", "list": [1], "empty": {}, "one": {"rgb": floats(4, 5)}, "numbers": {"rgb": 3, "depth": 3}},
+        **{"size": {"rgb": floats(4, 6), "depth": floats(4, 4)}, "batch": {"rgb": floats(3, 5), "depth": floats(4, 4)}},
+    },
+    "callable": {name: x for name, x in OBJECTS.items() if not callable(x)},
+    "heads": {"None": None, "empty": {}, "list": [nn.Linear(5, 3)], "functions": {"rgb": len}, "one": {"rgb": nn.Linear(5, 3)}},
     "entries": {
         **{
             "unknown": {"rgb": ["no.such"]},
