@@ -164,5 +164,81 @@ def gradient_statistics(g, e=None, f=None, mask=None, eps=oracle.EPS, upstream=N
     return out
 
 
+def _interval(f, f_error, n, n_error, eps, unit):
+    """1 / f and N / f^2 with their errors, where the divisor is at least ``eps``."""
+    low = np.maximum(f - f_error, eps * (1 - 2 * unit))
+    inverse, inverse_error = 1 / f, 1 / low - 1 / f + 2 * unit / f
+    b_error = (n + n_error) * (inverse + inverse_error) ** 2 * (1 + 4 * unit) - n * inverse**2
+    return inverse, inverse_error, n * inverse**2, b_error
+
+
+def modality_cross_entropy(
+    logits, target, weight=None, ignore_index=-100, smoothing=0.0, present=None, eps=oracle.EPS, upstream=None, kind="float32"
+):
+    """Errors of ``oracle.modality_cross_entropy`` of the same arguments: of its four sums, and of the gradients ``[m]``."""
+    unit, smallest, near = UNITS[kind], SMALLEST[kind], {"float32": 25, "float64": 240}[kind]
+    modalities, shape = len(logits), logits[0].shape
+    batch, classes = shape[:2]
+    logits, target = [x.reshape(batch, classes, -1) for x in logits], target.reshape(batch, -1)
+    w = np.ones(classes) if weight is None else np.asarray(weight, dtype=np.float64)
+    u, joint_u, v = np.zeros((3, modalities, batch)) if upstream is None else np.broadcast_arrays(*upstream)
+    sums = [np.zeros((modalities, batch)), np.zeros(batch), np.zeros((modalities, batch)), np.zeros(batch)]
+    gradients = [np.zeros_like(x) for x in logits]
+    for b in range(batch):
+        held = [m for m in range(modalities) if present is None or present[b, m]]
+        valid = np.flatnonzero(target[b] != ignore_index)
+        if not held or valid.size == 0:
+            continue
+        y, pixels = target[b, valid], np.arange(valid.size)
+        t = np.repeat((smoothing / classes * w)[:, None], valid.size, axis=1)
+        t[y, pixels] += (1 - smoothing) * w[y]
+        total, at_y = t.sum(0), np.zeros_like(t, dtype=bool)
+        at_y[y, pixels] = True
+        x = {m: logits[m][b][:, valid] for m in held}
+
+        def one(x, error, t=t, total=total, at_y=at_y, y=y, pixels=pixels):
+            """Of logits known to ``error``: softmax, cross entropy and g = T p - t, with their errors. Exponentials may be relative to
+            the logit of the target, if that is not so far below the largest that they could overflow."""
+            below = np.minimum(x.max(0) - x[y, pixels], near)
+            _, p, log_error, _ = _log_softmax(x, error + 2 * unit * below, unit, smallest)
+            p_error = np.minimum(1, p * np.expm1(np.minimum(log_error, 1)) + smallest)
+            log_p = oracle.log_softmax(x)
+            size = np.abs(log_p) + np.abs(x - x.max(0)) + 2 * below
+            ce = (t * -np.where(t > 0, log_p, 0)).sum(0)
+            ce_error = (t * (log_error + (terms(len(x)) + 6) * unit * size)).sum(0) + 4 * smallest
+            g, g_error = total * p - t, total * p_error + 3 * unit * (total * p + t)
+            others = np.where(at_y, 0, p_error + terms(len(x)) * unit * p).sum(
+                0
+            )  # g of the target is minus the sum of the others
+            return p, p_error, ce, ce_error, g, g_error + at_y * total * others
+
+        mean_error = (len(held) > 1) * (len(held) + 2) * unit * np.mean([np.abs(a) + np.abs(a[y, pixels]) for a in x.values()], 0)
+        q, q_error, joint, joint_error, joint_g, joint_g_error = one(np.mean(list(x.values()), axis=0), mean_error)
+        rounding = 32 * unit  # sums over a tile
+        sums[1][b] = (joint_error + rounding * joint).sum()
+        sums[3][b] = rounding * w[y].sum()
+        j = np.abs(joint_u[0, b]) / len(held)
+        for m in held:
+            p, p_error, ce, ce_error, g, g_error = one(x[m], np.zeros_like(x[m]))
+            n = (g**2).sum(0)
+            n_error = (2 * np.abs(g) * g_error + g_error**2).sum(0) + (terms(classes) + 8) * unit * n
+            f, f_error = ce + eps, ce_error + 2 * unit * ce
+            inverse, inverse_error, ratio, ratio_error = _interval(f, f_error, n, n_error, eps, unit)
+            sums[0][m, b] = (ce_error + rounding * ce).sum()
+            sums[2][m, b] = ((n + n_error) * (inverse + inverse_error) - n * inverse + rounding * n * inverse).sum()
+            first, first_error = u[m, b] - v[m, b] * ratio, np.abs(v[m, b]) * ratio_error
+            first_error = first_error + 2 * unit * (np.abs(u[m, b]) + np.abs(v[m, b]) * ratio)
+            a = 2 * np.abs(v[m, b]) * total * inverse
+            a_error = 2 * np.abs(v[m, b]) * total * (inverse_error + 4 * unit * inverse)
+            s = (p * g).sum(0)
+            s_error = (p_error * np.abs(g) + (p + p_error) * g_error).sum(0) + terms(classes) * unit * (p * np.abs(g)).sum(0)
+            r, size = p * (g - s), np.abs(g) + np.abs(s)
+            r_error = p_error * size + (p + p_error) * (g_error + s_error) + 6 * unit * p * (size + total * p + t)
+            error = np.abs(first) * g_error + first_error * (np.abs(g) + g_error) + a * r_error + a_error * (np.abs(r) + r_error)
+            error += j * joint_g_error + 6 * unit * (np.abs(first) * (total * p + t) + j * (total * q + t))
+            gradients[m][b][:, valid] = error + smallest
+    return sums, [x.reshape(shape) for x in gradients]
+
+
 def _weight(upstream, k, index):
     return 0.0 if upstream is None or upstream[k] is None else np.abs(upstream[k])[index]

@@ -1,4 +1,4 @@
-"""Random calls of the two ops: hypothesis draws a description, ``call_<op>`` makes it. ``test_fuzz.py`` holds the results to the oracle.
+"""Random calls of the ops: hypothesis draws a description, ``call_<op>`` makes it. ``test_fuzz.py`` holds the results to the oracle.
 
 Descriptions are plain dictionaries of small values, so that a failure prints what it takes to repeat it."""
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from modreg_fast.functional import gradient_statistics, softmax_fisher_information
+from modreg_fast.functional import gradient_statistics, modality_cross_entropy, softmax_fisher_information
 
 # The same cases at every run, unless MODREG_FAST_FUZZ_SEED says otherwise; pytest's header and a failure name it.
 SEED = int(os.environ.get("MODREG_FAST_FUZZ_SEED", "0"))
@@ -63,9 +63,9 @@ def weighted(choices):
 
 
 @st.composite
-def shapes(draw, batch, spatial_dims=None):
+def shapes(draw, batch, spatial_dims=None, elements=ELEMENTS):
     channels = draw(st.sampled_from(CHANNELS))
-    room, spatial = max(1, ELEMENTS // (batch * channels)), []
+    room, spatial = max(1, elements // (batch * channels)), []
     for _ in range(draw(st.integers(0, 3)) if spatial_dims is None else spatial_dims):
         spatial.append(draw(st.sampled_from([n for n in SIZES if n <= room])))
         room //= spatial[-1]
@@ -135,6 +135,32 @@ def gradient_statistics_calls(draw):
     }
 
 
+@st.composite
+def modality_cross_entropy_calls(draw):
+    batch, modalities = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    shape = draw(shapes(batch, elements=900))  # the oracle goes pixel by pixel
+    classes = shape[1]
+    integers = [x for x in INTEGERS if torch.iinfo(x).max >= classes]
+    return {
+        "shape": shape,
+        "dtypes": [draw(dtypes)] * modalities if draw(st.booleans()) else [draw(dtypes) for _ in range(modalities)],
+        "values": draw(weighted(VALUES)),
+        "layouts": [draw(layouts(len(shape))) for _ in range(modalities)],
+        "integers": draw(st.sampled_from(integers)),
+        "strided": draw(st.booleans()),
+        "ignored": draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0])),
+        "ignore_index": draw(st.sampled_from([-100, 0, classes - 1, classes, 255])),
+        "weight": draw(st.sampled_from([None, None, 1.0, 0.5])),  # part of the classes that have one above 0
+        "smoothing": draw(st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.5, 1.0])),
+        "present": draw(densities),
+        "eps": draw(st.sampled_from([1e-8, 1e-8, 1e-3, 1.0])),
+        "channels_last": draw(st.booleans()),
+        "upstream": draw(upstreams),
+        "numbers": draw(st.integers(0, 10**9)),
+    }
+
+
+INTEGERS = [torch.int64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16]
 STATISTICS_VALUES = {"normal": 6, "small": 2, "wide": 1, "zeros": 1, "sparse": 2, "denormal": 1, "nan": 1, "inf": 1, "f_0": 1}
 
 
@@ -285,3 +311,37 @@ def call_gradient_statistics(call, backend):
     inputs = [x for entry in entries for x in entry if x is not None]
     gradients = dict(zip(map(id, inputs), helpers.gradients(outputs, inputs, [upstream[id(x)] for x in outputs]), strict=True))
     return entries, masks, result, upstream, gradients
+
+
+def call_modality_cross_entropy(call, backend):
+    """The logits of a description, the arguments of the oracle, and what the backend makes of them: sums, upstream and gradients."""
+    torch.manual_seed(call["numbers"])
+    shape, modalities = call["shape"], len(call["dtypes"])
+    values = softmax_fisher_values(call["values"], shape, modalities, call["dtypes"][0])
+    logits = [laid_out(x.to(t), how) for x, t, how in zip(values, call["dtypes"], call["layouts"], strict=True)]
+    logits = [x.requires_grad_() for x in logits]
+    ignore_index = call["ignore_index"]
+    target = torch.randint(shape[1], (shape[0], *shape[2:]))
+    limits = torch.iinfo(call["integers"])
+    if limits.min <= ignore_index <= limits.max:
+        target[torch.rand(target.shape) < call["ignored"]] = ignore_index
+    target = target.to(call["integers"])
+    weight = None if call["weight"] is None else torch.rand(shape[1]) * (torch.rand(shape[1]) < call["weight"])
+    present = None if call["present"] is None else torch.rand(shape[0], modalities) < call["present"]
+    last = call["channels_last"]
+    sums = modality_cross_entropy(
+        [x.movedim(1, -1) for x in logits] if last else logits,
+        torch.stack([target, target], -1)[..., 0] if call["strided"] else target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=call["smoothing"],
+        present=present,
+        channel_dim=-1 if last else 1,
+        eps=call["eps"],
+        backend=backend,
+    )
+    upstream = [upstream_of(call["upstream"], x) for x in sums[:3]]
+    gradients = helpers.gradients(list(sums[:3]), logits, upstream)
+    exact = {"ignore_index": ignore_index, "smoothing": call["smoothing"], "eps": call["eps"]}
+    exact |= {"weight": helpers.wide(weight), "present": helpers.wide(present)}
+    return logits, target.to(torch.int64).numpy(), exact, sums, upstream, gradients

@@ -1,4 +1,4 @@
-"""Differential fuzzing: random calls of both ops on every backend, values and gradients element by element within the error bound of
+"""Differential fuzzing: random calls of every op on every backend, values and gradients element by element within the error bound of
 ``bounds.py`` around the float64 oracle. ``MODREG_FAST_FUZZ_SEED=n`` draws other calls.
 
     MODREG_FAST_FUZZ_SEED=7 python -m pytest tests/test_fuzz.py -m "slow or not slow" -s
@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import BACKENDS, INTERPRETED
 
-from modreg_fast.backends import reference
+from modreg_fast.backends import computes, reference
 
-FEW = 50 if INTERPRETED else 250 // len(BACKENDS)  # two ops over all backends: 500 calls
-MANY = 5000 // len(BACKENDS)
+FEW = 50 if INTERPRETED else 170 // len(BACKENDS)  # three ops over all backends: 500 calls
+MANY = 3400 // len(BACKENDS)
 # Rounding of what is stored, relative and (half the step of subnormal numbers, or all of it) absolute; float32 may have been float64.
 STORAGE = {
     torch.bfloat16: (2.0**-8, 2.0**-134),
@@ -151,6 +151,55 @@ def upstream_at(upstream, result, i, k):
     return upstream[id(result[i])][k] if i < 2 else upstream[id(result[i][k])]
 
 
+def check_modality_cross_entropy(call, backend):
+    logits, target, exact, sums, upstream, gradients = fuzzing.call_modality_cross_entropy(call, backend)
+    wide, u, got = helpers.wide(logits), helpers.wide(upstream), helpers.wide(list(sums))
+    limit = [np.where(x == -np.inf, -1e30, np.where(np.isfinite(x), x, 0)) for x in wide]
+    exact["upstream"] = [np.where(np.isfinite(x), x, 0) for x in u]
+    values, expected = oracle.modality_cross_entropy(limit, target, **exact)
+    kind = kind_of(*call["dtypes"])
+    allowed, gradient_bounds = bounds.modality_cross_entropy(limit, target, kind=kind, **exact)
+    modalities, batch = got[0].shape
+    present = np.ones((batch, modalities), bool) if exact["present"] is None else exact["present"]
+    flat, counts = [x.reshape(*x.shape[:2], -1) for x in wide], (target != exact["ignore_index"]).reshape(batch, -1)
+    own = [counts & present[:, m, None] for m in range(modalities)]  # (B, P)
+    nan = [(np.isnan(x) | (x == np.inf)).any(1) & c for x, c in zip(flat, own, strict=True)]
+    low = [(x == -np.inf).any(1) & c for x, c in zip(flat, own, strict=True)]
+    any_nan, any_low = np.any(nan, axis=0), np.any(low, axis=0)
+    names = ("cross_entropy", "joint", "information", "weights")
+    for name, found, value, bound in zip(names, got, values, allowed, strict=True):
+        per_modality = found.ndim == 2
+        spoiled = np.stack([x.any(1) for x in nan]) if per_modality else any_nan.any(1)
+        unsure = np.stack([x.any(1) for x in low]) if per_modality else any_low.any(1)
+        if name == "weights":
+            spoiled = unsure = np.zeros(batch, bool)
+        assert np.isnan(found[spoiled]).all(), f"{name} is {found[spoiled]} where a logit is not finite"
+        rest = ~spoiled
+        within(found[rest], value[rest], bound[rest], sums[0].dtype, name, unsure[rest] & ~np.isfinite(found[rest]))
+    infinite = np.any([np.isinf(x).reshape(-1, batch).any(0) for x in u], axis=0)  # samples
+    for m, (gradient, x) in enumerate(zip(gradients, logits, strict=True)):
+        assert gradient.shape == x.shape and gradient.dtype == x.dtype
+        gradient = helpers.wide(gradient).reshape(flat[m].shape)
+        unknown = ((any_nan | infinite[:, None]) & own[m])[:, None]
+        within(
+            np.where(unknown, 0, gradient),
+            np.where(unknown, 0, expected[m].reshape(gradient.shape)),
+            gradient_bounds[m].reshape(gradient.shape),
+            x.dtype,
+            f"gradient[{m}]",
+            unknown | ((any_low & own[m])[:, None] & ~np.isfinite(gradient)),
+        )
+        shows = nan[m] & (u[0][m] != 0)[:, None]
+        assert (~np.isfinite(gradient)).any(1)[shows].all(), f"gradient[{m}] is finite where a logit is not"
+
+
+@pytest.fixture
+def with_cross_entropy(backend):
+    if not computes(backend, "modality_cross_entropy"):
+        pytest.skip(f"{backend} has no modality_cross_entropy")
+    return backend
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # small calls; test_native_cpu.py compares the bits of more
@@ -172,6 +221,11 @@ def test_gradient_statistics(backend, call):
     check_gradient_statistics(call, backend)
 
 
+@fuzzing.fuzz(FEW, fuzzing.modality_cross_entropy_calls())
+def test_modality_cross_entropy(with_cross_entropy, call):
+    check_modality_cross_entropy(call, with_cross_entropy)
+
+
 @pytest.mark.slow
 @fuzzing.fuzz(MANY, fuzzing.softmax_fisher_calls())
 def test_many_calls_of_softmax_fisher(backend, call):
@@ -182,6 +236,12 @@ def test_many_calls_of_softmax_fisher(backend, call):
 @fuzzing.fuzz(MANY, fuzzing.gradient_statistics_calls())
 def test_many_calls_of_gradient_statistics(backend, call):
     check_gradient_statistics(call, backend)
+
+
+@pytest.mark.slow
+@fuzzing.fuzz(MANY, fuzzing.modality_cross_entropy_calls())
+def test_many_calls_of_modality_cross_entropy(with_cross_entropy, call):
+    check_modality_cross_entropy(call, with_cross_entropy)
 
 
 # ---- the fuzzing itself can fail ----
@@ -202,6 +262,13 @@ FAULTS = {
         lambda out: [x.transpose(1, 2).contiguous().view(x.shape) for x in out],
     ),
     "statistics 1e-3 too large": ("gradient_statistics", "forward", lambda out: out._replace(fisher=out.fisher * 1.001)),
+    "cross entropies 1e-3 too large": (
+        "modality_cross_entropy",
+        "forward",
+        lambda out: out._replace(cross_entropy=out.cross_entropy * 1.001),
+    ),
+    "joint for own": ("modality_cross_entropy", "forward", lambda out: out._replace(joint=out.cross_entropy[0])),
+    "one element of its gradient left out": ("modality_cross_entropy", "backward", zero_one),
     "the last gradient 1e-3 too large": ("gradient_statistics", "backward", lambda out: [*out[:-1], out[-1] * 1.001]),
 }
 
@@ -211,8 +278,7 @@ def test_a_planted_fault_is_found(monkeypatch, stem, function, fault):
     module = getattr(reference, stem)
     right = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *arguments: fault(right(*arguments)))
-    check = {"softmax_fisher": check_softmax_fisher, "gradient_statistics": check_gradient_statistics}[stem]
-    calls = {"softmax_fisher": fuzzing.softmax_fisher_calls, "gradient_statistics": fuzzing.gradient_statistics_calls}[stem]
+    check, calls = globals()[f"check_{stem}"], getattr(fuzzing, f"{stem}_calls")
     search = fuzzing.fuzz(100, calls(), shrink=False)(lambda call: check(call, "reference"))
     with pytest.raises(AssertionError):
         search()

@@ -41,6 +41,12 @@ def calls(backend="cpu"):
         )
         upstream = [torch.rand_like(x) for x in sums[:3]]
         results += [*sums, *torch.autograd.grad(sums[:3], logits, upstream)]
+    # So far apart that exponentials relative to anything but the maximum overflow.
+    far = [(100 * torch.randn(2, 6, 50).sign()).requires_grad_() for _ in range(2)]
+    information = F.softmax_fisher_information([[x] for x in far], backend=backend)
+    sums = F.modality_cross_entropy(far, torch.randint(6, (2, 50)), backend=backend)
+    for outputs in ([information], sums[:3]):
+        results += [*outputs, *torch.autograd.grad(outputs, far, [torch.rand_like(x) for x in outputs])]
     return results
 
 
@@ -82,6 +88,15 @@ def test_every_instruction_set_of_this_processor_gives_the_reference(name, refer
     harness = pytest.importorskip("modreg_fast._native_harness")
     assert run.stdout.splitlines()[-1].endswith(name) == (name in harness.instruction_sets())
     assert 0 < max(errors) < 2e-5  # not the same bits: two computations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["avx512", "avx2", "baseline"])
+def test_random_calls_on_every_instruction_set(name):
+    environment = dict(os.environ, MODREG_FAST_INSTRUCTION_SET=name)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_fuzz.py", "-m", "slow", "-k", "cpu"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @pytest.mark.usefixtures("restore_threads")

@@ -41,6 +41,10 @@ def test_special_values(isa, suffix):
     np.testing.assert_array_equal(
         exp2(isa, np.array([0, -0.0, -2000, -np.inf, np.nan], dtype)), np.array([1, 1, 0, 0, np.nan], dtype)
     )
+    largest = np.finfo(dtype).maxexp
+    with np.errstate(over="ignore"):
+        above = np.array([largest, largest + 0.5, largest + 1, 2 * largest, 3.3 * largest, 1e30, np.inf], dtype)
+    np.testing.assert_array_equal(exp2(isa, above), np.full_like(above, np.inf))
     np.testing.assert_array_equal(
         log(isa, np.array([1, 0, -0.0, -1, np.inf, np.nan], dtype)),
         np.array([0, -np.inf, -np.inf, np.nan, np.inf, np.nan], dtype),

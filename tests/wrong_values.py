@@ -4,9 +4,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 NAN, INF = float("nan"), float("inf")
 

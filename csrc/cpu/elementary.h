@@ -26,7 +26,7 @@ template <>
 struct Constants<float> {
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  static constexpr float lowest = -126.5f;   // exp2 of less is 0
+  static constexpr float lowest = -126.5f, highest = 128;  // exp2 of less is 0, of more infinity
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float exp2[] = {0.693151311817609790f, 0.240164450039272943f, 0.0557999134252242838f, 0.00901702996252961276f,
                                    0.00186713021195126332f};
@@ -39,7 +39,7 @@ struct Constants<float> {
 template <>
 struct Constants<double> {
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double round = 0x1.8p52, lowest = -1022.5;
+  static constexpr double round = 0x1.8p52, lowest = -1022.5, highest = 1024;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39p-40;
   static constexpr double exp2[] = {0.69314718055994592842,     0.24022650695906330204,     0.055504108665602253297,
                                     0.0096181290995507955717,   0.0013333558629566755226,   0.00015403512309628660399,
@@ -62,8 +62,8 @@ struct Powers {
   }
 };
 
-// 2^x = 2^floor(x) 2^r with r in [0, 1) and 2^r = 1 + r Q(r); NaN stays NaN, and below the normal numbers comes 0 (or a denormal). AVX-512
-// in float: 2^r = t (1 + s Q(s)) with t from a table of two registers and s in [0, 1/32), which saves two multiply-adds of five.
+// 2^x = 2^floor(x) 2^r with r in [0, 1) and 2^r = 1 + r Q(r); NaN stays NaN, below the normal numbers comes 0 (or a denormal), above them
+// infinity. AVX-512 in float: 2^r = t (1 + s Q(s)) with t from a table of two registers and s in [0, 1/32), which saves two multiply-adds of five.
 template <class T>
 MRF_INLINE V<T> exp2(V<T> x) {
   using K = Constants<T>;
@@ -83,10 +83,11 @@ MRF_INLINE V<T> exp2(V<T> x) {
   }
 #else
   x = maximum<T>(broadcast(K::lowest), x);
+  x = K::highest < x ? broadcast(K::highest) : x;
   const V<T> shifted = (x - T(0.5)) + K::round;  // nearest to x - 1/2: the floor, or at a whole x perhaps one less
   const V<T> r = x - (shifted - K::round);
   const V<T> y = polynomial<T>(r, K::exp2) * r + T(1);
-  return y * (V<T>)(((I<T>)shifted + K::bias) << K::mantissa);  // the exponent field is 0 for the lowest x
+  return y * (V<T>)(((I<T>)shifted + K::bias) << K::mantissa);  // the exponent field is 0 for the lowest x, full for the highest
 #endif
 }
 
