@@ -1,6 +1,7 @@
 """What evaluate_missing and audit share: a model in evaluation, batches on its device, packages that are not always there."""
 
 import contextlib
+import inspect
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
@@ -26,6 +27,21 @@ def extra(function: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         message = f"{function}: needs the package {error.name}: pip install 'modreg_fast[audit]'"
         raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def check_model(model: object, function: str) -> None:
+    """A module or a function that can be called with one mapping."""
+    if not callable(model):
+        validate.fail(function, "model", "a module or a function", type(model).__name__, TypeError)
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except ValueError:  # of what is written in C
+        return
+    try:
+        signature.bind({})
+    except TypeError:
+        expected = "called with one mapping {modality: tensor}; wrap another in a function or a module that calls it (lambda x: model(**x))"
+        validate.fail(function, "model", expected, f"one called as {signature}", TypeError)
 
 
 @contextlib.contextmanager

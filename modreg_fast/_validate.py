@@ -52,7 +52,8 @@ def one_of(x: object, options: Sequence[str], function: str, argument: str) -> N
 
 def sequence(x: object, function: str, argument: str) -> Sequence:  # type: ignore[type-arg]
     if not isinstance(x, list | tuple) and (not isinstance(x, Sequence) or isinstance(x, str)):
-        fail(function, argument, "a list or tuple", type(x).__name__, TypeError)
+        got = f"{type(x).__name__}{' (of one alone: [x])' * isinstance(x, Tensor)}"
+        fail(function, argument, "a list or tuple", got, TypeError)
     if len(x) == 0:
         fail(function, argument, "non-empty", "an empty sequence")
     return x

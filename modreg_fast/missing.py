@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Data, Model, batches, evaluating, extra, name_of, rendered
+from modreg_fast._evaluation import Data, Model, batches, check_model, evaluating, extra, name_of, rendered
 from modreg_fast._output import plain, printable
 
 __all__ = ["MissingModalities", "evaluate_missing", "without"]
@@ -150,8 +150,7 @@ def evaluate_missing(
         {('rgb', 'depth'): 0.75, ('rgb',): 0.75, ('depth',): 0.25}
     """
     function = "evaluate_missing"
-    if not callable(model):
-        validate.fail(function, "model", "a module or a function", type(model).__name__, TypeError)
+    check_model(model, function)
     streaming = all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
     if not streaming and not callable(metric):
         validate.fail(function, "metric", "a torchmetrics metric or a function", type(metric).__name__, TypeError)

@@ -212,6 +212,7 @@ def test_estimates_leave_out_nan():
         ({"data": []}, ValueError, "data must be at least one batch"),
         ({"data": 3}, TypeError, "data must be an iterable"),
         ({"model": 3}, TypeError, "model must be a module or a function, got int"),
+        ({"model": lambda rgb, depth: rgb}, TypeError, r"lambda x: model\(\*\*x\)\), got one called as \(rgb, depth\)"),
         ({"model": lambda x: 3}, TypeError, "what the model returns must be class scores .* got int"),
         ({"model": lambda x: torch.zeros(2, 3)}, TypeError, r"got shape \(2, 3\) without a gradient"),
         (

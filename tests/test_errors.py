@@ -137,7 +137,7 @@ def test_distributed_mask(distributed_tensor, call):
 V, T = ValueError, TypeError
 CASES = {
     # ---- softmax_fisher_information: structure and shapes
-    "features_tensor": (lambda: information(X), T, SFI, "features must be a list or tuple", "got Tensor"),
+    "features_tensor": (lambda: information(X), T, SFI, "features must be a list or tuple", "got Tensor (of one alone: [x])"),
     "features_text": (lambda: information("rgb"), T, SFI, "features must be a list or tuple", "got str"),
     "features_empty": (lambda: information([]), V, SFI, "features must be non-empty"),
     "row_empty": (lambda: information([[X], []]), V, SFI, "features[1] must be non-empty"),

@@ -259,6 +259,7 @@ GOOD = [(ones("ab"), torch.zeros(3))]
         ({"data": [(torch.ones(3), torch.ones(3))]}, TypeError, "data must be pairs .* got a tuple of Tensor, Tensor"),
         ({"data": [({"a": 1}, 2)]}, TypeError, r"inputs\['a'\] must be a tensor \(choose the modalities"),
         ({"model": 3}, TypeError, "model must be a module or a function, got int"),
+        ({"model": lambda rgb, depth: rgb}, TypeError, r"lambda x: model\(\*\*x\)\), got one called as \(rgb, depth\)"),
         ({"metric": 3}, TypeError, "metric must be a torchmetrics metric or a function, got int"),
         ({"metric": lambda a, b: a}, ValueError, r"metric must be of one number .* got shape \(3,\)"),
         ({"metric": lambda a, b: {"x": 1}}, ValueError, "metric must be of one number .* got a dict"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Model
+from modreg_fast._evaluation import Model, check_model
 from modreg_fast.capture import Entry, capture
 
 Features = dict[str, list[Tensor]]
@@ -18,12 +18,11 @@ Forward = Callable[[dict[str, Any]], tuple[Tensor, Features]]
 
 def source(model: Model, features: Entries | None) -> contextlib.AbstractContextManager[Forward]:
     """``inputs -> (scores, features)``; the features are those of the modalities that the inputs hold."""
+    check_model(model, "audit")
     if features is not None:
         if not isinstance(model, nn.Module):
             validate.fail("audit", "model", "a torch.nn.Module when features are named", type(model).__name__, TypeError)
         return _modules(model, features)
-    if not callable(model):
-        validate.fail("audit", "model", "a module or a function", type(model).__name__, TypeError)
     return contextlib.nullcontext(lambda inputs: _inputs(model, inputs))
 
 
