@@ -1,17 +1,12 @@
 """Prints what is known of the CUDA kernels without a GPU, in Markdown: registers and spills from ptxas, the tiles that the host plans and
 the occupancy that they leave, and the roofline on paper. Needs nvcc and Triton's nvdisasm.
 
-Instructions are those of the SASS. The PTX interpreter runs the kernel and counts how often each line of PTX is executed; ptxas says of
-each instruction of the SASS which line it comes from, and so how often it is executed.
-
 python benchmarks/cuda_report.py"""
 
 import functools
 import itertools
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +15,14 @@ from modreg_fast.bench import sass
 from modreg_fast.bench.roofline import CHIPS
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cuda_calls  # noqa: E402
 import ptx  # noqa: E402
+import ptx.requests  # noqa: E402
 from cuda_calls import Tensor  # noqa: E402
+
+from benchmarks import gpu_work  # noqa: E402
 
 STEMS = ("softmax_fisher", "gradient_statistics")
 DTYPES = ("float32", "bfloat16")
@@ -34,12 +32,7 @@ LAYOUTS = ("pixels", "channels")
 @functools.cache
 def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[str, sass.Resources]]:
     """The cubin of the PTX that the interpreter runs, and what each kernel in it takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "cubin")
-        command = ["ptxas", f"-arch=sm_{architecture}", "-v", *options, "-o", cubin, "-"]
-        text = cuda_calls.kernels(stem, f"sm_{architecture}")
-        log = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stderr
-        code = cubin.read_bytes()
+    code, log = gpu_work.assembled(cuda_calls.kernels(stem, f"sm_{architecture}"), *options)
     found = {}
     for part in log.split("Compiling entry function ")[1:]:
         stores, reads = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)[:2]
@@ -49,20 +42,20 @@ def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[
     return code, found
 
 
-def run(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool, architecture: int):
-    """The kernel's name, the elements of its inputs, and the results of a launch. Two modalities; gradient, feature and values of one
-    tensor. As many pixels as fill a few tiles, all taken by one block, as in calls of many tiles."""
-    rng, memory, pixels = np.random.default_rng(0), ptx.Memory(), 256
-    pair = [Tensor(memory, rng.standard_normal((1, channels, pixels)), dtype, layout) for _ in range(2)]
-    arch = f"sm_{architecture}"
+def run(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool):
+    """The kernel's name, the elements of its inputs, and the results of a launch. Two modalities, four of 25 channels; gradient, feature
+    and values of one tensor. As many pixels as fill a few tiles, all taken by one block, as in calls of many tiles."""
+    rng, memory, pixels = np.random.default_rng(0), ptx.Memory(), 256 if channels == 64 else 1024
+    count = 4 if channels == 25 else 2
+    xs = [Tensor(memory, rng.standard_normal((1, channels, pixels)), dtype, layout) for _ in range(count)]
     if stem == "softmax_fisher":
-        weight = np.ones((2, 1, 1)) if backward else None
-        out = cuda_calls.softmax_fisher([[x] for x in pair], sigma=[0.5 * noise] * 2, weight=weight, arch=arch, most_blocks=1)
+        weight = np.ones((count, 1, 1)) if backward else None
+        out = cuda_calls.softmax_fisher([[x] for x in xs], sigma=[0.5 * noise] * count, weight=weight, most_blocks=1)
     else:
         upstream = (np.ones((1, 1)), np.ones((1, 1)), None, None) if backward else None
         values = [np.ones((1, pixels))]
-        out = cuda_calls.gradient_statistics(pair[:1], pair[1:], values=values, upstream=upstream, arch=arch, most_blocks=1)
-    return kernel_name(stem, backward, noise), 2 * channels * pixels, out
+        out = cuda_calls.gradient_statistics(xs[:1], xs[1:], values=values, upstream=upstream, most_blocks=1)
+    return kernel_name(stem, backward, noise), count * channels * pixels, out
 
 
 def kernel_name(stem: str, backward: bool, noise: bool) -> str:
@@ -121,41 +114,36 @@ def print_tiles() -> None:
 
 
 def print_roofline() -> None:
-    print("\n### Roofline on paper\n\nPer element of the inputs: bytes moved, share of loads of 16 bytes, instructions by the")
-    print("pipe that executes them (sm_90).")
-    print("Then, per GPU, picoseconds of what takes longest at its full rate, and how many times as long as the memory does.")
-    print("Two modalities of 64 channels, one block that takes four tiles.")
-    kinds = ("fp32", "integer", "mufu", "exchange", "memory", "conversion", "other")
-    table("op", "dtype", "side by side", "pass", "bytes", "load", *kinds, "all", *(chip.name for chip in CHIPS))
-    for dtype, layout, stem, noise, backward in itertools.product(DTYPES, LAYOUTS, STEMS, (False, True), (False, True)):
-        if stem == "gradient_statistics" and noise:
+    print(
+        "\n### Roofline on paper\n\nThe columns are those of docs/gpu.md. Two modalities of 64 channels, four of 25; one block that"
+    )
+    print("takes several tiles.")
+    table("op", "channels", "dtype", "side by side", "pass", *gpu_work.TITLES, *(chip.name for chip in CHIPS))
+    for channels, dtype, layout, stem, noise, backward in itertools.product(
+        (64, 25), DTYPES, LAYOUTS, STEMS, (False, True), (False, True)
+    ):
+        if channels == 25 and (stem, noise) != ("softmax_fisher", False) or stem == "gradient_statistics" and noise:
             continue
-        cells, shown = [], []
-        for chip in CHIPS:
-            name, elements, out = run(stem, 64, dtype, layout, backward, noise, chip.architecture)
-            counts, names = sass.executed(assembled(stem, chip.architecture, "-lineinfo")[0], name, out.report.executions)
-            check(names, stem, chip.architecture, out)
-            counts["other"] += counts.pop("uniform")
-            each = {kind: n / elements for kind, n in counts.items()}
-            # What all threads read is fetched once.
-            loads = sum(traffic.distinct for buffer, traffic in out.report.loads_of.items() if not buffer.constant)
-            moved = (loads + out.report.stores.bytes) / elements
-            cells.append(chip.bound(moved, each))
-            if chip.architecture == 90:
-                wide = names["LDG.E.128.CONSTANT"] / sum(n for name, n in names.items() if name.startswith("LDG"))
-                shown = [
-                    f"{moved:.2f}",
-                    f"{wide:.0%} of 16",
-                    *(f"{each[kind]:.1f}" for kind in kinds),
-                    f"{sum(each.values()):.0f}",
-                ]
+        found = paper(stem, channels, dtype, layout, backward, noise)
         pass_ = f"{'backward' if backward else 'forward'}{', noise' if noise else ''}"
-        print(f"| {stem} | {dtype} | {layout} | {pass_} | {' | '.join(shown)} | {' | '.join(cells)} |")
+        cells = [*found.cells(), *(chip.cell(found.work) for chip in CHIPS)]
+        print(f"| {stem} | {channels} | {dtype} | {layout} | {pass_} | {' | '.join(cells)} |")
 
 
-def check(names, stem: str, architecture: int, out) -> None:
+def paper(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool) -> gpu_work.OnPaper:
+    cubin = assembled(stem, 90, "-lineinfo")[0]
+    with ptx.requests.as_assembled(sass.widths(cubin, kernel_name(stem, backward, noise))):
+        name, elements, out = run(stem, channels, dtype, layout, backward, noise)
+    resources = assembled(stem, 90)[1][name]
+    blocks = resources.blocks(90, out.launch.threads, out.launch.shared_bytes)
+    found = gpu_work.on_paper(cubin, name, out.report, elements, out.launch.threads // 32, blocks)
+    check(found.names, stem, out)
+    return found
+
+
+def check(names, stem: str, out) -> None:
     """What is one instruction in both languages is counted alike."""
-    lines = cuda_calls.kernels(stem, f"sm_{architecture}").splitlines()
+    lines = cuda_calls.kernels(stem).splitlines()
     expected = {"MUFU.EX2": 0, "SHFL.BFLY": 0}
     for line, n in out.report.executions.items():
         expected["MUFU.EX2"] += n * ("ex2.approx" in lines[line - 1])

@@ -3,6 +3,8 @@
 python benchmarks/gpu_tables.py"""
 
 import itertools
+import sys
+from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -14,30 +16,42 @@ from modreg_fast.backends.triton.offline import compile_for
 from modreg_fast.bench import sass
 from modreg_fast.bench.roofline import CHIPS
 
-BATCH, PIXELS = 2, 4096
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ptx.requests import as_assembled  # noqa: E402
+from triton_calls import Gpu  # noqa: E402
+
+from benchmarks import gpu_work  # noqa: E402
+
+PIXELS = 512  # of one sample: a few tiles
 
 
-def tensors(channels: int, dtype: torch.dtype, channels_last: bool) -> list[torch.Tensor]:
-    shape = (BATCH, PIXELS, channels) if channels_last else (BATCH, channels, PIXELS)
-    return [torch.empty(shape, dtype=dtype).transpose(1, 2 if channels_last else 1) for _ in range(2)]
+def tensors(count: int, channels: int, dtype: torch.dtype, channels_last: bool) -> list[torch.Tensor]:
+    shape = (1, PIXELS, channels) if channels_last else (1, channels, PIXELS)
+    return [torch.randn(shape).to(dtype).transpose(1, 2 if channels_last else 1) for _ in range(count)]
 
 
-def softmax_fisher(channels: int, dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = False) -> Launch:
-    """Two modalities, one scale, no mask."""
-    xs = tensors(channels, dtype, channels_last)
-    problem = fisher.Problem(xs, [], None, [0.5 * noisy] * 2, 1, torch.tensor(1) if noisy else None, False, 1e-8)
-    return (fisher.backward_launches(problem, *[problem.empty_result()] * 2) if backward else fisher.forward_launches(problem))[
-        1
-    ][0]
+def softmax_fisher(
+    channels: int, dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = False, modalities: int = 2
+) -> Launch:
+    """One scale, no mask."""
+    xs = tensors(modalities, channels, dtype, channels_last)
+    problem = fisher.Problem(xs, [], None, [0.5 * noisy] * modalities, 1, torch.tensor(1) if noisy else None, False, 1e-8)
+    if not backward:
+        return fisher.forward_launches(problem)[1][0]
+    upstream = fisher.Result(torch.ones(modalities, 1, 1), torch.full((1, 1), PIXELS))
+    return fisher.backward_launches(problem, upstream, upstream)[1][0]
 
 
 def gradient_statistics(channels: int, dtype: torch.dtype, channels_last: bool, backward: bool) -> Launch:
     """Gradient, feature and values of one tensor, no mask."""
-    g, e = tensors(channels, dtype, channels_last)
-    problem = statistics.Problem([g], [e], [torch.empty(BATCH, PIXELS)], [], 1e-8, False)
-    if backward:
-        return statistics.backward_launches(problem, *[problem.empty_result()] * 2)[1][0]
-    return statistics.forward_launches(problem)[1][0]
+    g, e = tensors(2, channels, dtype, channels_last)
+    problem = statistics.Problem([g], [e], [torch.ones(1, PIXELS)], [], 1e-8, False)
+    if not backward:
+        return statistics.forward_launches(problem)[1][0]
+    upstream = statistics.Result(torch.ones(1, 1), torch.ones(1, 1), [], [])
+    return statistics.backward_launches(problem, upstream, upstream)[1][0]
 
 
 def name(dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = False) -> str:
@@ -74,33 +88,39 @@ def _resources(op: str, channels: int, case: str, launch: Launch) -> None:
 
 
 def roofline_table() -> None:
-    """Per element of the inputs. ``gradient_statistics`` with as many channels as a step takes: then no instruction runs twice."""
-    kinds = ("fp32", "integer", "mufu", "all")
-    print("| op | dtype | side by side | pass | bytes | " + " | ".join(kinds) + " | " + " | ".join(c.name for c in CHIPS) + " |")
-    print("| --- " * (5 + len(kinds) + len(CHIPS)) + "|")
-    for dtype, channels_last in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        for backward, noisy in ((False, False), (True, False), (False, True), (True, True)):
-            launch = softmax_fisher(64, dtype, channels_last, backward, noisy)
-            _roofline("softmax_fisher", name(dtype, channels_last, backward, noisy), launch, dtype, backward)
-        for backward in (False, True):
-            channels = 64 if channels_last else 16 // dtype.itemsize
+    """See docs/gpu.md for the columns."""
+    print(
+        "| op | channels | dtype | side by side | pass | " + " | ".join((*gpu_work.TITLES, *(chip.name for chip in CHIPS))) + " |"
+    )
+    print("| --- " * (5 + len(gpu_work.TITLES) + len(CHIPS)) + "|")
+    for channels, dtype, channels_last in itertools.product((64, 25), (torch.float32, torch.bfloat16), (False, True)):
+        for noisy, backward in itertools.product((False, True), (False, True)):
+            if channels == 64 or not noisy:
+                modalities = 2 if channels == 64 else 4
+                launch = softmax_fisher(channels, dtype, channels_last, backward, noisy, modalities)
+                _roofline("softmax_fisher", channels, name(dtype, channels_last, backward, noisy), launch, modalities)
+        for backward in (False, True) if channels == 64 else ():
             launch = gradient_statistics(channels, dtype, channels_last, backward)
-            _roofline("gradient_statistics", name(dtype, channels_last, backward), launch, dtype, backward)
+            _roofline("gradient_statistics", channels, name(dtype, channels_last, backward), launch, 2)
 
 
-def _roofline(op: str, case: str, launch: Launch, dtype: torch.dtype, backward: bool) -> None:
-    (shape,) = launch.constants["SHAPES"]
-    elements = 2 * shape.channels * shape.block_p / launch.threads  # per thread, of both tensors
-    bytes_ = dtype.itemsize * (2 if backward else 1)
-    cells, shown = [], None
-    for chip in CHIPS:
-        kernel = compile_for(launch, GPUTarget("cuda", chip.architecture, 32))
-        counts = {kind: n / elements for kind, n in sass.instructions(kernel.asm["cubin"]).items()}
-        cells.append(chip.bound(bytes_, counts))
-        if chip.architecture == 90:
-            shown = [f"{counts[kind]:.1f}" for kind in ("fp32", "integer", "mufu")] + [f"{sum(counts.values()):.0f}"]
-    assert shown is not None
-    print(f"| {op} | {case} | {bytes_} | " + " | ".join(shown) + " | " + " | ".join(cells) + " |")
+def _roofline(op: str, channels: int, case: str, launch: Launch, inputs: int) -> None:
+    found = paper(launch, inputs * channels * PIXELS)
+    cells = [*found.cells(), *(chip.cell(found.work) for chip in CHIPS)]
+    print(f"| {op} | {channels} | {case} | " + " | ".join(cells) + " |")
+
+
+def paper(launch: Launch, elements: int) -> gpu_work.OnPaper:
+    kernel = compile_for(launch, GPUTarget("cuda", 90, 32))
+    cubin, _ = gpu_work.assembled(kernel.asm["ptx"], "-lineinfo")
+    with as_assembled(sass.widths(cubin, kernel.metadata.name)):
+        report = Gpu(90, *_tensors(launch.arguments)).run(launch)
+    blocks = sass.resources(kernel.asm["cubin"]).blocks(90, launch.threads, kernel.metadata.shared)
+    return gpu_work.on_paper(cubin, kernel.metadata.name, report, elements, launch.threads // 32, blocks)
+
+
+def _tensors(arguments) -> list[torch.Tensor]:
+    return [x for a in arguments for x in (_tensors(a) if isinstance(a, tuple) else [a]) if isinstance(x, torch.Tensor)]
 
 
 if __name__ == "__main__":

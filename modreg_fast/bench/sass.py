@@ -23,10 +23,14 @@ class Resources:
     shared: int  # bytes per block, declared in the code
 
     def occupancy(self, architecture: int, threads: int, dynamic_shared: int = 0) -> float:
-        """Share of a multiprocessor's threads that are resident with blocks of so many threads (at most 32 blocks fit)."""
+        """Share of a multiprocessor's threads that are resident with blocks of so many threads."""
+        return self.blocks(architecture, threads, dynamic_shared) * threads / _THREADS
+
+    def blocks(self, architecture: int, threads: int, dynamic_shared: int = 0) -> int:
+        """Resident blocks of so many threads; at most 32 fit."""
         by_registers = _REGISTERS // (-(-self.registers // 8) * 8 * threads)
         by_shared = SHARED[architecture] // (self.shared + dynamic_shared + 1024)  # the driver keeps 1 KiB per block
-        return min(by_registers, by_shared, _THREADS // threads, 32) * threads / _THREADS
+        return min(by_registers, by_shared, _THREADS // threads, 32)
 
 
 # Kinds by the pipe that executes them; see the table "Arithmetic Instructions" of the CUDA C++ Programming Guide.
@@ -102,15 +106,18 @@ def _kind(name: str) -> str:
     return _KIND.get(name) or ("uniform" if name.startswith(("U", "R2UR", "S2UR")) else "other")
 
 
+def carried(name: str) -> str:
+    """The program of that name in the installed Triton."""
+    triton = importlib.util.find_spec("triton")
+    path = Path(triton.origin).parent / "backends/nvidia/bin" / name if triton and triton.origin else None
+    if path is None or not path.exists():
+        raise FileNotFoundError(f"{name}: neither on PATH nor in an installed Triton")
+    return str(path)
+
+
 def tool(name: str, *options: str, cubin: bytes) -> str:
     """What the program of that name prints of a cubin."""
-    path = shutil.which(name)
-    if path is None:
-        triton = importlib.util.find_spec("triton")
-        carried = Path(triton.origin).parent / "backends/nvidia/bin" / name if triton and triton.origin else None
-        if carried is None or not carried.exists():
-            raise FileNotFoundError(f"{name}: neither on PATH nor in an installed Triton")
-        path = str(carried)
+    path = shutil.which(name) or carried(name)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
