@@ -1,9 +1,11 @@
 """``python -m benchmarks.gpu_validate`` without a GPU: that a bad step shows, that its checks can fail, and, slow, the whole dry run."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_validate import checks, page, steps, tools  # noqa: E402
+from benchmarks.gpu_validate import checks, page, speed, steps, tools  # noqa: E402
 from benchmarks.gpu_validate.__main__ import main  # noqa: E402
 from benchmarks.gpu_validate.runner import Step, passed, run  # noqa: E402
 from benchmarks.gpu_validate.work import OPS, work  # noqa: E402
+from modreg_fast.backends import measured  # noqa: E402
+from modreg_fast.bench.results import Row  # noqa: E402
 
 WRITE = "import json, sys; print('a word'); json.dump(dict(summary='seen', failures={}, tables={{}}, absent={}), open(sys.argv[1], 'w'))"
 STEPS = {
@@ -30,9 +34,13 @@ STEPS = {
 }
 
 
-def test_whatever_happens_to_a_step_the_rest_goes_on(tmp_path, capsys):
-    seconds = {"crashed after its time": 1.0}
-    outcomes = run([Step(n, [sys.executable, "-c", c], os.environ, seconds.get(n, 60)) for n, c in STEPS.items()])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_whatever_happens_to_a_step_the_rest_goes_on(workers, tmp_path, capsys):
+    seconds, seen = {"crashed after its time": 1.0}, []
+    made = [Step(n, [sys.executable, "-c", c], os.environ, seconds.get(n, 60), alone="at last" in n) for n, c in STEPS.items()]
+    outcomes = run(made, workers, written=lambda done: seen.append([o.name for o in done]))
+    assert [len(names) for names in seen] == list(range(1, len(STEPS) + 1)) and seen[-1] == list(STEPS)
+    assert all(names == [name for name in STEPS if name in names] for names in seen)  # the order of the steps, whoever is first
     assert [o.status for o in outcomes] == [name.split()[0] for name in STEPS]
     found = {o.name: o for o in outcomes}
     assert found["failed"].failures == ["3 is <not> 4"] and found["failed"].summary == "seen" and "a word" in found["failed"].log
@@ -50,6 +58,63 @@ def test_whatever_happens_to_a_step_the_rest_goes_on(tmp_path, capsys):
     assert all(name in text for name in STEPS) and "3 is &lt;not&gt; 4" in text and "FAILED" in text and "Dry run" in text
     page.write(good, tmp_path, dry_run=False)
     assert "FAILED" not in (tmp_path / "report.html").read_text()
+
+
+FOUND = "import json, os, pathlib, sys, time; found = dict(summary='', failures=[], tables={}, absent=False)"
+WROTE = "json.dump(found, open(sys.argv[1], 'w'))"
+SPAN = f"{FOUND}; start = time.time(); time.sleep(0.2); found['tables'] = {{'span': [{{'from': start, 'to': time.time()}}]}}; {WROTE}"
+
+
+def test_side_by_side_in_groups_and_alone(tmp_path):
+    """Two that wait for each other, two of a group, which never meet, and two that meet nobody."""
+
+    def waiting(mine: str, other: str) -> str:
+        until = f"while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.02)"
+        return f"{FOUND}; pathlib.Path({str(tmp_path / mine)!r}).touch()\n{until}\n{WROTE}"
+
+    kinds = {"alone 1": {"alone": True}, "g1": {"group": "memory"}, "g2": {"group": "memory"}, "alone 2": {"alone": True}}
+    made = [Step(mine, [sys.executable, "-c", waiting(mine, other)], os.environ, 60.0) for mine, other in ("ab", "ba")]
+    outcomes = run([*made, *(Step(n, [sys.executable, "-c", SPAN], os.environ, **kind) for n, kind in kinds.items())], workers=4)
+    assert [o.name for o in outcomes] == ["a", "b", *kinds] and passed(outcomes)
+    spans = sorted((o.tables["span"][0]["from"], o.tables["span"][0]["to"]) for o in outcomes[2:])
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_minutes(tmp_path):
+    """What runs into the end is stopped, what comes later is left out, and neither is a failure; a step knows its time."""
+    made = [
+        Step(name, [sys.executable, "-c", "import time; time.sleep(60)"], os.environ, group="one") for name in ("long", "late")
+    ]
+    start = time.monotonic()
+    long, late = run(made, workers=1, minutes=0.05)
+    assert time.monotonic() - start < 20 and [o.status for o in (long, late)] == ["left out"] * 2 and passed([long, late])
+    assert "was stopped after 2 seconds" in long.summary and late.summary == "there was no time left for it"
+    page.write([long, late], tmp_path, dry_run=False)
+    assert "left out" in (tmp_path / "report.html").read_text()
+
+    tell = f"{FOUND}; found['summary'] = os.environ['GPU_VALIDATE_SECONDS']; {WROTE}"
+    told, alone = run(
+        [Step(name, [sys.executable, "-c", tell], os.environ, alone=name == "alone") for name in ("told", "alone")], minutes=10
+    )
+    assert 300 < float(told.summary) < 331 and 500 < float(alone.summary) < 600
+
+
+def test_only(tmp_path, capsys):
+    names = [step.name for step in steps.plan(False, tmp_path)]
+    chosen = [step.name for step in steps.plan(False, tmp_path, ["parity", "bits cuda"])]
+    assert chosen == ["parity triton", "parity cuda", "bits cuda"] and set(chosen) < set(names)
+    with pytest.raises(ValueError, match="--only must name some of environment, tests, .*, got party"):
+        steps.plan(False, tmp_path, ["party", "speed"])
+    for options in (["--only", "nothing"], ["--minutes", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--dry-run", "--output", str(tmp_path / "out"), *options])
+        assert stopped.value.code == 2
+    assert "--only must name" in capsys.readouterr().err
+
+
+def test_what_is_timed_runs_alone(tmp_path):
+    alone = {step.name for step in steps.plan(False, tmp_path) if step.alone}
+    assert alone == {"bytes triton", "bytes cuda", "speed", "small"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -127,6 +192,60 @@ def test_tools_of_nvidia(tmp_path, monkeypatch):
         tools.profile(program(tmp_path, "no such thing\n", 3), "cuda", "softmax_fisher", [])
 
 
+def test_speed(monkeypatch):
+    monkeypatch.setattr(speed, "_SECONDS", 0.01)
+    *_, (found, failures, left_out) = speed.measure(True, 100.0)
+    assert not failures and not left_out
+    expected = set(itertools.product(OPS, ("eager", "cpu"), ("forward", "backward", "both")))
+    assert {(row.op, row.provider, row.mode) for row in found} == expected
+    assert all(row.median_ms > 0 and row.relative_error < 1e-5 for row in found)
+
+
+def test_speed_walks_through_a_graph_once():
+    """Compiled functions give the buffers of their graph away: a second backward pass over it fails."""
+    case = speed.cases(True)[0]
+    leaves, upstream = speed.make_inputs(case), speed.make_upstream(case)
+    _, backward, both = speed._passes(speed.build("cpu", case), leaves, upstream)
+    made, seen = [], []
+
+    def outputs():
+        made.append(speed.build("cpu", case)(leaves))
+        return made[-1]
+
+    timing = speed._timing(lambda given: (seen.append(given), backward(given)), "cpu", outputs)
+    assert len(timing.seconds) == len(made) == len(seen) >= 5 and all(x is y for x, y in zip(made, seen, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        backward(made[0])
+    both(), both()
+
+
+def test_speed_stops_in_time():
+    *_, (found, failures, left_out) = speed.measure(True, -1.0)
+    assert not found and not failures and len(left_out) == len(speed.cases(True)) and "(time)" in left_out[0]
+
+
+def test_what_is_timed_fills_the_table_of_the_faster_backend():
+    """The cases cover every measured row of measured.py, and the step prints rows of its form."""
+    wanted = {(op, size, layout, row[0]) for (op, _, size, layout), rows in measured.TIMES.items() for row in rows}
+    sizes, channels = {"float32": 4, "bfloat16": 2}, steps.CHANNELS
+    known = [case for case in speed.cases(False) if case.shape.name in channels]
+    timed = {(case.op, sizes[case.dtype], case.layout, channels[case.shape.name]) for case in known}
+    assert wanted <= timed
+    plain = dict.fromkeys((field.name for field in Row.__dataclass_fields__.values()), 0)
+    made = {"op": "softmax_fisher", "mode": "forward", "shape": "wide", "dtype": "bfloat16", "layout": "pixels"}
+    times = {"triton": 0.4, "cuda": 0.3, "eager": 9.0}
+    both = [Row(**plain | made | {"provider": name, "median_ms": ms}) for name, ms in times.items()]
+    found = steps.faster([*both, Row(**plain | made | {"provider": "cuda", "mode": "backward"})])
+    row = {"op": "softmax_fisher", "pass": "forward", "bytes": 2, "layout": "pixels", "channels": 512}
+    assert found == [{**row, "triton": 0.4, "cuda": 0.3}]
+
+
+def test_small_calls():
+    found = speed.small(True)
+    assert [(row["shape"], row["provider"]) for row in found] == [(s, p) for s in ("heads", "b0-128") for p in ("eager", "cpu")]
+    assert all(row["forward"] > 0 and row["both"] > 0 for row in found)
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_validate", "--dry-run", "--output", str(tmp_path)]
@@ -134,7 +253,7 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     status = {step["name"]: step["status"] for step in report["steps"]}
-    assert report["dry_run"] and report["passed"] and len(status) == 15
+    assert report["dry_run"] and report["passed"] and len(status) == 21
     assert {name for name, s in status.items() if s != "passed"} == {"sanitizers triton", "sanitizers cuda", "bytes triton"}
     text = (tmp_path / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 3 and all(name in text for name in status)

@@ -1,6 +1,7 @@
 """The command. Exit codes: 0 all steps that could run passed, 1 one failed or crashed, 2 there is no GPU and no ``--dry-run``."""
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for the report (default %(default)s)",
     )
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="STEP", help="names of steps, such as 'parity triton', or their first words"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="for all: what does not fit is left out or stopped (default: as long as it takes)",
+    )
     options = parser.parse_args(arguments)
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
     if not options.dry_run and (torch.version.cuda is None or torch.cuda.device_count() == 0):
         print(
             f"gpu_validate: torch {torch.__version__} finds no NVIDIA GPU here; --dry-run goes through the same steps on the CPU",
@@ -41,8 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu_validate: {error}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as scratch:
-        outcomes = run(plan(options.dry_run, Path(scratch)))
-    page.write(outcomes, options.output, options.dry_run)
+        try:
+            steps = plan(options.dry_run, Path(scratch), options.only)
+        except ValueError as error:
+            parser.error(str(error))
+        workers = max(2, (os.cpu_count() or 2) - 2)
+        outcomes = run(steps, workers, options.minutes, lambda done: page.write(done, options.output, options.dry_run))
     print(f"\nreport: {options.output / 'report.html'}, {options.output / 'report.json'}")
     return 0 if passed(outcomes) else 1
 

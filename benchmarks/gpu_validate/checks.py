@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_validate.work import Work
+from benchmarks.gpu_validate.work import Work, classes
 from modreg_fast import functional
 
 
@@ -79,9 +79,12 @@ def beyond_31_bits(op: str, backend: str, device: str, layout: str, pixels: int)
 
 
 def _results(op: str, x: list[Tensor], values: Tensor, backend: str) -> list[Tensor]:
-    """Means over pixels, one tensor: the information, or the Fisher information of the first of ``x``, to which the second adds nothing."""
+    """Means over pixels, one tensor: the information, the Fisher information, or the cross entropies."""
     if op == "softmax_fisher":
         return [functional.softmax_fisher_information([[t] for t in x], backend=backend)]
+    if op == "modality_cross_entropy":
+        sums = functional.modality_cross_entropy(x, classes(values, x[0].shape[1]), backend=backend)
+        return [sums.cross_entropy / values.shape[1]]
     fisher = functional.gradient_statistics(x, values=[values] * 2, backend=backend).fisher
     assert fisher is not None
     return [fisher]

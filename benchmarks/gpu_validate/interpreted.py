@@ -35,6 +35,7 @@ def _install() -> None:
         raise RuntimeError("a dry run of the CUDA kernels needs nvcc and a C++ compiler")
     _compile_once(Path(os.environ["MODREG_FAST_DRY_RUN"]))
     for function in (softmax_fisher_forward, softmax_fisher_backward, gradient_statistics_forward, gradient_statistics_backward):
+        function.default = function  # the backends name an overload, which spares a call its choice
         setattr(torch.ops.modreg_fast_native, function.__name__, function)
     backends = sys.modules["modreg_fast.backends"]  # the package's attribute of that name is a function
     backends._STATUS["cuda"] = BackendStatus(True, "PTX for sm_90 interpreted on the CPU: for tests, slow")

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,40 @@ import torch
 import modreg_fast
 from benchmarks.gpu_validate import checks, tools
 from benchmarks.gpu_validate.runner import Step, python
-from benchmarks.gpu_validate.work import OPS, odd_works
+from benchmarks.gpu_validate.work import odd_works, ops_of
 from modreg_fast import parity
+from modreg_fast.backends import computes
+from modreg_fast.bench.results import Row
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("triton", "cuda")
 
 
-def plan(dry_run: bool, scratch: Path) -> list[Step]:
-    """``scratch``: an empty folder for what the steps of a dry run share."""
-    names = ["environment", "tests"]
+CHANNELS = {"square-16": 64, "square-8": 64, "deliver-4": 25, "wide": 512}  # of the shapes of speed.py that measured.py knows
+COMPILING = 4  # processes that fill Triton's cache
+
+
+def plan(dry_run: bool, scratch: Path, only: Sequence[str] = ()) -> list[Step]:
+    """``scratch``: an empty folder for what the steps of a dry run share. ``only``: names of steps, or their first words; ``ValueError``
+    for what is none. What takes much of a GPU's memory runs one at a time, what is timed or counts for the whole GPU alone."""
+    names = ["environment", "tests", *(f"compile triton {part}" for part in range(COMPILING)), "compile torch"]
     for what in ("parity", "bits", "graph", "offsets", "sanitizers", "bytes"):
         names += [f"{what} {backend}" for backend in BACKENDS]
+    names += ["speed", "small"]
+    unknown = [name for name in only if not any(name in (known, known.partition(" ")[0]) for known in names)]
+    if unknown:
+        raise ValueError(f"--only must name some of {', '.join(names)}, or their first words, got {', '.join(unknown)}")
+    names = [name for name in names if not only or name in only or name.partition(" ")[0] in only]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     interpreted = {**environment, "MODREG_FAST_DRY_RUN": str(scratch), "CUDA_VISIBLE_DEVICES": ""} if dry_run else environment
     flags = ["--dry-run"] if dry_run else []
     steps = []
-    for name in [*names, "speed"]:
+    for name in names:
+        what = name.partition(" ")[0]
         triton = {"TRITON_INTERPRET": "1"} if dry_run and name.endswith("triton") else {}
         command = python("-m", "benchmarks.gpu_validate.steps", name, *flags)
-        steps.append(Step(name, command, interpreted | triton))
+        group = "memory" if what == "offsets" or name == "compile torch" else ""
+        steps.append(Step(name, command, interpreted | triton, alone=what in ("bytes", "speed", "small"), group=group))
     return steps
 
 
@@ -58,6 +72,7 @@ class Where:
 
     backend: str
     dry_run: bool
+    seconds: float = 1800.0  # that the step has
 
     @property
     def device(self) -> str:
@@ -119,7 +134,8 @@ def tests(where: Where) -> Findings:
 
 
 def parity_of(where: Where) -> Findings:
-    results = [parity.check(problem, where.backend, torch.device(where.device)) for problem in parity.problems(where.dry_run)]
+    problems = [problem for problem in parity.problems(where.dry_run) if computes(where.backend, problem.op)]
+    results = [parity.check(problem, where.backend, torch.device(where.device)) for problem in problems]
     failed = [
         f"{r.op} {r.dtype} {r.shape} {r.options}: {r.values:.1e}, gradients {r.gradients:.1e}" for r in results if not r.passed
     ]
@@ -147,13 +163,13 @@ def offsets(where: Where) -> Findings:
     if pixels is None:
         return Findings("too little free memory for more than 2^31 elements in a sample", absent=True)
     wrong = []
-    for op in OPS:
+    for op in ops_of(where.backend):
         for layout in ("pixels", "channels"):
             wrong += checks.beyond_31_bits(op, where.backend, where.device, layout, pixels)
             if not where.dry_run:
                 torch.cuda.empty_cache()
     what = "a stride beyond 2^31" if where.dry_run else f"{2 * checks.CHANNELS * pixels:,} elements a tensor"
-    return Findings(f"{what}, bfloat16, both ops and layouts", wrong)
+    return Findings(f"{what}, bfloat16, all ops, both layouts", wrong)
 
 
 def sanitizers(where: Where) -> Findings:
@@ -187,18 +203,46 @@ def bytes_moved(where: Where) -> Findings:
     return Findings(summary, failures, {"bytes": rows})
 
 
+def compiling(where: Where) -> Findings:
+    """Of the steps of that name each a share, for the steps that time."""
+    from benchmarks.gpu_validate.speed import compile_share
+
+    what, _, part = where.backend.partition(" ")
+    mine = ("cpu",) if where.dry_run else (what,) if what == "triton" else ("compile",)
+    done, failures = compile_share(int(part or 0), COMPILING if part else 1, mine, where.dry_run)
+    return Findings(f"{done} calls, for the caches of the compilers", failures)
+
+
 def speed(where: Where) -> Findings:
     from benchmarks.gpu_validate.speed import measure
 
-    rows, failures, left_out = measure(where.dry_run)
+    *_, (rows, failures, left_out) = measure(where.dry_run, where.seconds - 20)
     ours = [r for r in rows if r.provider in BACKENDS or where.dry_run and r.provider == "cpu"]
     shares = [r.copy_share for r in ours if r.mode == "forward"]
     summary = (
         f"forward at {min(shares):.0%} to {max(shares):.0%} of the bandwidth of a copy" if shares else "nothing was measured"
     )
     if left_out:
-        summary += f"; left out for lack of memory: {'; '.join(left_out)}"
-    return Findings(summary, failures, {"speed": [dataclasses.asdict(r) for r in rows]})
+        summary += f"; left out: {'; '.join(left_out)}"
+    return Findings(summary, failures, {"speed": [dataclasses.asdict(r) for r in rows], "the faster one": faster(rows)})
+
+
+def faster(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What ``modreg_fast/backends/measured.py`` holds: milliseconds of both, by op, pass, bytes of an element, layout, channels."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if row.provider in BACKENDS and row.mode != "both" and row.samples == 0 and row.shape in CHANNELS:
+            size = 4 if row.dtype == "float32" else 2
+            found.setdefault((row.op, row.mode, size, row.layout, CHANNELS[row.shape]), {})[row.provider] = row.median_ms
+    titles = ("op", "pass", "bytes", "layout", "channels")
+    return [{**dict(zip(titles, key, strict=True)), **times} for key, times in found.items() if len(times) == len(BACKENDS)]
+
+
+def small(where: Where) -> Findings:
+    from benchmarks.gpu_validate.speed import small as measure
+
+    rows = measure(where.dry_run)
+    return Findings(f"{len(rows)} rows, microseconds", [], {"small calls": rows})
 
 
 STEPS: dict[str, Callable[[Where], Findings]] = {
@@ -210,7 +254,9 @@ STEPS: dict[str, Callable[[Where], Findings]] = {
     "offsets": offsets,
     "sanitizers": sanitizers,
     "bytes": bytes_moved,
+    "compile": compiling,
     "speed": speed,
+    "small": small,
 }
 
 
@@ -226,7 +272,7 @@ def main() -> None:
 
         interpreted.prepare(backend)
     torch.manual_seed(0)
-    found = STEPS[what](Where(backend, options.dry_run))
+    found = STEPS[what](Where(backend, options.dry_run, float(os.environ.get("GPU_VALIDATE_SECONDS", "1800"))))
     options.findings.write_text(json.dumps(dataclasses.asdict(found)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_validate.runner import python
-from benchmarks.gpu_validate.work import OPS, Work, large
+from benchmarks.gpu_validate.work import OPS, Work, large, ops_of
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 MOST_BYTES = 1.1  # over those that must move: at the end of a pass caches are still to be written back, and counters err a little
@@ -31,7 +31,7 @@ def sanitize(program: str | None, check: str, backend: str, flags: list[str]) ->
 
 def profile(program: str, backend: str, op: str, flags: list[str]) -> list[dict[str, Any]]:
     """Bytes by pass, of ncu's; ``PermissionError`` where the driver keeps the counters from users."""
-    kernels = "regex:(softmax_fisher|gradient_statistics|_forward_kernel|_reduce_kernel|_count_kernel|_backward_kernel)"
+    kernels = f"regex:({'|'.join(OPS)}|_forward_kernel|_reduce_kernel|_count_kernel|_backward_kernel)"
     options = ["--csv", "--print-units", "base", "--metrics", ",".join(_METRICS), "--kernel-name", kernels]
     command = [program, *options, *python(*_WORK, backend, "--op", op, *flags)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -55,7 +55,7 @@ def by_pass(output: str) -> list[dict[str, Any]]:
 def bytes_moved(program: str | None, backend: str, dry_run: bool) -> list[dict[str, Any]]:
     """By op and pass, beside what must move. In a dry run the CUDA kernels' loads and stores, as the PTX interpreter counts them."""
     rows = []
-    for op in OPS:
+    for op in ops_of(backend):
         call = large(op, backend, dry_run)
         for row in _interpret(call) if program is None else profile(program, backend, op, ["--dry-run"] if dry_run else []):
             least = call.bytes_of(row["pass"])

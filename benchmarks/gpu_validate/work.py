@@ -1,4 +1,4 @@
-"""Calls of both ops, forward and backward, on tensors that stay where they are: what the steps run, and, as a command, what
+"""Calls of the ops, forward and backward, on tensors that stay where they are: what the steps run, and, as a command, what
 ``compute-sanitizer`` and ``ncu`` watch.
 
     python -m benchmarks.gpu_validate.work BACKEND [--dry-run] [--op OP]"""
@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from modreg_fast import functional, ops
+from modreg_fast.backends import computes
 from modreg_fast.backends.reference.softmax_fisher import Problem
 
-OPS = ("softmax_fisher", "gradient_statistics")
+OPS = ("softmax_fisher", "gradient_statistics", "modality_cross_entropy")
+
+
+def ops_of(backend: str) -> list[str]:
+    return [op for op in OPS if computes(backend, op)]
 
 
 @dataclass
@@ -39,6 +44,10 @@ class Work:
             noise = [0.0, 0.0] if self.seed is None else [0.5, 0.0]
             problem = Problem(self.inputs, masks, None, noise, 2, self.seed, False, 1e-8)
             return [ops.softmax_fisher(problem, self.backend).information]
+        if self.op == "modality_cross_entropy":
+            target = classes(self.values, self.inputs[0].shape[1])
+            target = target if self.seed is None else torch.where(self.mask, target, -100)
+            return list(functional.modality_cross_entropy(self.inputs, target, backend=self.backend)[:3])
         found = functional.gradient_statistics(
             self.inputs[:1], self.inputs[1:], [self.values], mask=masks or None, backend=self.backend
         )
@@ -48,16 +57,21 @@ class Work:
         """Other numbers in the same memory."""
         with torch.no_grad():
             for x in (*self.inputs, self.values):
-                x.copy_(torch.rand(x.shape).add(0.1))
+                x.uniform_(0.1, 1.1)
             if self.seed is not None:
-                self.mask.copy_(torch.rand(self.mask.shape) > 0.3)
+                self.mask.copy_(torch.rand(self.mask.shape, device=self.mask.device) > 0.3)
                 self.seed.add_(1)
 
     def bytes_of(self, mode: str) -> int:
         """That a pass without mask must move: inputs once, and backward the gradients, without the results."""
         once = sum(x.numel() * x.element_size() for x in self.inputs)
-        values = self.values.numel() * 4 if self.op == "gradient_statistics" else 0
+        values = self.values.numel() * {"softmax_fisher": 0, "gradient_statistics": 4, "modality_cross_entropy": 8}[self.op]
         return once + values + (once if mode == "backward" else 0)
+
+
+def classes(values: Tensor, channels: int) -> Tensor:
+    """A target, of values between 0.1 and 1.1."""
+    return (values.sub(0.1) * channels).long().clamp_(0, channels - 1)
 
 
 def work(
@@ -66,30 +80,33 @@ def work(
     batch, channels, pixels = shape
 
     def tensor() -> Tensor:
-        x = torch.randn(batch, channels, pixels).to(device, dtype)
+        x = torch.randn(batch, channels, pixels, device=device).to(dtype)
         return (x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "channels" else x).requires_grad_()
 
     return Work(
         op=op,
         backend=backend,
         inputs=[tensor() for _ in range(2)],
-        values=torch.rand(batch, pixels).add(0.1).to(device),
-        mask=(torch.rand(batch, pixels) > 0.3).to(device),
+        values=torch.rand(batch, pixels, device=device).add(0.1),
+        mask=torch.rand(batch, pixels, device=device) > 0.3,
         seed=None if plain else torch.tensor(7, device=device),
     )
 
 
 def odd_works(backend: str, device: str) -> list[Work]:
-    """Sizes that fill neither tiles nor vectors, in every dtype and layout; on the CPU, where interpreters run them, two of them."""
+    """Sizes that fill neither tiles nor vectors, in every dtype and layout; on the CPU, where interpreters run them, one of each op."""
     kinds = [
         ("softmax_fisher", (2, 19, 77), torch.float16, "channels"),
         ("gradient_statistics", (2, 19, 77), torch.bfloat16, "pixels"),
+        ("modality_cross_entropy", (2, 19, 77), torch.bfloat16, "channels"),
+        ("modality_cross_entropy", (2, 25, 333), torch.float32, "pixels"),
         ("softmax_fisher", (2, 19, 77), torch.float32, "pixels"),
         ("softmax_fisher", (1, 300, 40), torch.bfloat16, "pixels"),
         ("gradient_statistics", (3, 130, 1001), torch.float64, "channels"),
         ("gradient_statistics", (2, 64, 4096), torch.float32, "pixels"),
     ]
-    return [work(op, backend, device, *kind) for op, *kind in (kinds[:2] if device == "cpu" else kinds)]
+    kinds = [kind for kind in (kinds[:3] if device == "cpu" else kinds) if computes(backend, kind[0])]
+    return [work(op, backend, device, *kind) for op, *kind in kinds]
 
 
 def large(op: str, backend: str, dry_run: bool) -> Work:

@@ -18,7 +18,7 @@ class Oracle:
     def __init__(self, case: Case, leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> None:
         self.samples = max(1, min(case.shape.batch, case.shape.batch * _MOST_ELEMENTS // case.shape.elements))
         inputs = [x.detach()[: self.samples].double().requires_grad_() for x in leaves]
-        outputs = public(case, "reference")(inputs)
+        outputs = public(case, "reference", leaves[0].device)(inputs)
         torch.autograd.backward(outputs, [u[..., : self.samples].double() for u in upstream])
         self._values = [x.detach() for x in outputs]
         self._gradients = _gradients(inputs)

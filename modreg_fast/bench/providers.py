@@ -15,57 +15,56 @@ Function = Callable[[Sequence[Tensor]], list[Tensor]]
 _EPS = 1e-8
 
 
-def make_inputs(case: Case) -> list[Tensor]:
+def make_inputs(case: Case, device: str = "cpu") -> list[Tensor]:
     """Leaves that require grad. ``softmax_fisher``: the features, modality first; ``gradient_statistics``: gradients,
     features and values, in this order."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(size: tuple[int, ...]) -> Tensor:
-        x = torch.randn(size, generator=generator).to(DTYPES[case.dtype])
+        x = torch.randn(size, generator=generator, device=device).to(DTYPES[case.dtype])
         return x.contiguous(memory_format=torch.channels_last) if case.layout == "channels" and x.dim() == 4 else x
 
     shape = case.shape
     leaves = [random(size) for _ in range(shape.modalities) for size in shape.sizes]
     if case.op == "gradient_statistics":
         leaves += [random(size) for _ in range(shape.modalities) for size in shape.sizes]
-        leaves += [
-            torch.rand(shape.spatial(size), generator=generator) + 0.1 for _ in range(shape.modalities) for size in shape.sizes
-        ]
+        spatial = [shape.spatial(size) for _ in range(shape.modalities) for size in shape.sizes]
+        leaves += [torch.rand(size, generator=generator, device=device) + 0.1 for size in spatial]
     return [x.requires_grad_() for x in leaves]
 
 
-def make_upstream(case: Case) -> list[Tensor]:
+def make_upstream(case: Case, device: str = "cpu") -> list[Tensor]:
     """Positive weights in the shapes of the outputs."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     m, s, b = case.shape.modalities, len(case.shape.sizes), case.shape.batch
     shapes: dict[str, list[tuple[int, ...]]] = {
         "softmax_fisher": [(m, s, b)],
         "gradient_statistics": [(m * s, b)] * 2,
         "modality_cross_entropy": [(m, b), (b,)],
     }
-    return [torch.rand(shape, generator=generator) + 0.5 for shape in shapes[case.op]]
+    return [torch.rand(shape, generator=generator, device=device) + 0.5 for shape in shapes[case.op]]
 
 
-def make_target(case: Case) -> Tensor:
+def make_target(case: Case, device: str | torch.device = "cpu") -> Tensor:
     """A class for every pixel."""
-    shape, generator = case.shape, torch.Generator().manual_seed(2)
+    shape, generator = case.shape, torch.Generator(device).manual_seed(2)
     classes = shape.sizes[0][shape.channel_dim]
-    return torch.randint(classes, shape.spatial(shape.sizes[0]), generator=generator)
+    return torch.randint(classes, shape.spatial(shape.sizes[0]), generator=generator, device=device)
 
 
-def build(provider: str, case: Case) -> Function:
-    """The function of a provider: a baseline, or a backend of this package."""
+def build(provider: str, case: Case, device: str = "cpu") -> Function:
+    """The function of a provider: a baseline, or a backend of this package. ``device``: of its inputs."""
     if provider == "eager":
-        return _plain_formula(case) if case.op == "modality_cross_entropy" else public(case, "reference")
+        return _plain_formula(case, device) if case.op == "modality_cross_entropy" else public(case, "reference", device)
     if provider == "compile":
         torch.compiler.reset()  # one set of static shapes at a time, or the limit of recompilations strikes
-        return torch.compile(_plain_formula(case), fullgraph=True, dynamic=False)
+        return torch.compile(_plain_formula(case, device), fullgraph=True, dynamic=False)
     if provider == "gat":
         return _gat(case)
-    return public(case, provider)
+    return public(case, provider, device)
 
 
-def public(case: Case, backend: str) -> Function:
+def public(case: Case, backend: str, device: str | torch.device = "cpu") -> Function:
     """The public function on a backend."""
     shape = case.shape
     noise = {"sigma": 1.0, "samples": case.samples, "seed": 0} if case.samples else {}
@@ -84,7 +83,7 @@ def public(case: Case, backend: str) -> Function:
         return [result.fisher, result.attribution]
 
     if case.op == "modality_cross_entropy":
-        target = make_target(case)
+        target = make_target(case, device)
 
         def modality_cross_entropy(leaves: Sequence[Tensor]) -> list[Tensor]:
             sums = functional.modality_cross_entropy(
@@ -96,7 +95,7 @@ def public(case: Case, backend: str) -> Function:
     return softmax_fisher_information if case.op == "softmax_fisher" else statistics
 
 
-def _plain_formula(case: Case) -> Function:
+def _plain_formula(case: Case, device: str) -> Function:
     """The definition in plain PyTorch without the custom op: the compiler sees through it and derives the backward pass."""
     shape = case.shape
 
@@ -112,7 +111,7 @@ def _plain_formula(case: Case) -> Function:
         return list(gradient_statistics.forward(gradient_statistics.Problem(grads, features, values, [], _EPS, False))[:2])
 
     if case.op == "modality_cross_entropy":
-        target = make_target(case)
+        target = make_target(case, device)
 
         def cross_entropies(leaves: Sequence[Tensor]) -> list[Tensor]:
             """One call more than there are modalities, as everybody writes it."""
