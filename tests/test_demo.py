@@ -108,16 +108,32 @@ def test_attribution_updates_the_head_only() -> None:
     grads = {}
     for method in training.METHODS:
         torch.manual_seed(0)
-        model = training.TwoStream({name: x.shape[1] for name, x in batch.sensors.items()}, len(scene.classes))
+        model = training.TwoStream({name: x.shape[1] for name, x in batch.sensors.items()}, len(scene.classes), own=True)
         training._backward(model, training.Regularizer(method), batch)
         grads[method] = {name: p.grad for name, p in model.named_parameters()}
 
     def changed(method: str, module: str) -> bool:
         plain = grads["plain"]
-        return any(not torch.allclose(g, plain[name]) for name, g in grads[method].items() if name.startswith(module))
+        return any(not torch.allclose(g, plain[name]) for name, g in grads[method].items() if name.startswith(f"{module}."))
 
     assert changed("attribution", "head") and not changed("attribution", "encoders")
     assert changed("functional entropy", "head") and changed("functional entropy", "encoders")
+    assert changed("own heads", "encoders") and not changed("own heads", "head")
+    own = {name: g for name, g in grads["own heads"].items() if name.startswith("heads.heads.")}
+    assert own and all(g is not None for g in own.values())
+
+
+def test_own_heads_speak_where_the_other_sensor_is_lost() -> None:
+    scene = data.generated_scene()
+    blocks = data.cut(scene, data.split_blocks(scene.labels, len(scene.classes)))["test"]
+    model = training.TwoStream({name: x.shape[1] for name, x in blocks.sensors.items()}, len(scene.classes), own=True).eval()
+    assert model.heads is not None
+    predicted = training.predict(model, blocks)
+    with torch.no_grad():
+        features = model.encode(blocks.sensors)
+        assert torch.equal(predicted["both sensors"], model.head(features).argmax(1))
+        for name, head in model.heads.heads.items():
+            assert torch.equal(predicted[f"{name} only"], head(features[name]).argmax(1))
 
 
 def test_scene_without_tensorly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +161,7 @@ def test_quick_demo(real: bool, tmp_path, monkeypatch: pytest.MonkeyPatch, capsy
     assert {path.name for path in output.iterdir()} == {"maps.png", "results.json", "robustness.png", "shares.png"}
     assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in ("maps.png", "robustness.png", "shares.png"))
     assert results["real"] is real and results["quick"]
-    assert list(results["methods"]) == ["plain", "functional entropy", "attribution"]
+    assert list(results["methods"]) == ["plain", "functional entropy", "attribution", "own heads"]
     for runs in results["methods"].values():
         assert [run["seed"] for run in runs] == list(range(seeds))
         for run in runs:

@@ -1,10 +1,13 @@
-"""A small two-stream segmentation network: one encoder of four scales per sensor, one head that fuses and classifies."""
+"""A small two-stream segmentation network: one encoder of four scales per sensor, one head that fuses and classifies, and where the
+method asks for it a head of its own for each sensor."""
 
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import modreg_fast as mrf
 
 CHANNELS = (32, 32, 48, 64)
 
@@ -64,15 +67,33 @@ class Head(nn.Module):
         return scores
 
 
+class OwnHead(Head):
+    """The head of one sensor."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(1, classes)
+
+    def forward(self, features: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward({"": features})
+
+
 class TwoStream(nn.Module):
-    def __init__(self, bands: Mapping[str, int], classes: int) -> None:
+    """``own``: each sensor has a head of its own besides, which in evaluation speaks where the other sensor is left out."""
+
+    def __init__(self, bands: Mapping[str, int], classes: int, own: bool = False) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict({name: Encoder(count) for name, count in bands.items()})
         self.head = Head(len(bands), classes)
+        self.heads = mrf.ModalityHeads(self.head, {name: OwnHead(classes) for name in bands}) if own else None
 
     def encode(self, sensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        return {name: encoder(sensors[name]) for name, encoder in self.encoders.items()}
+        return {name: self.encoders[name](x) for name, x in sensors.items()}
 
     def forward(self, sensors: Mapping[str, Tensor]) -> Tensor:
-        scores: Tensor = self.head(self.encode(sensors))
+        head = self.head if self.heads is None or self.training else self.heads
+        scores: Tensor = head(self.encode(sensors))
         return scores
+
+    def drop(self, sensor: str, x: Tensor) -> Tensor | None:
+        """What takes the place of a lost sensor: zeros, its mean; None where the others have heads of their own."""
+        return torch.zeros_like(x) if self.heads is None else None

@@ -16,7 +16,7 @@ from modreg_fast._output import save_figure
 from modreg_fast.demo.data import BLOCK, IGNORE, Scene
 from modreg_fast.demo.report import mean_std, over_seeds, seeds, subset_names
 
-METHOD_COLOURS = {"plain": "#7f7f7f", "functional entropy": "#0072b2", "attribution": "#e69f00"}
+METHOD_COLOURS = {"plain": "#7f7f7f", "functional entropy": "#0072b2", "attribution": "#e69f00", "own heads": "#009e73"}
 PART_COLOURS = {"train": "#000000", "validation": "#56b4e9", "test": "#ffd117"}
 UNLABELLED = "#e0e0e0"
 
@@ -36,7 +36,7 @@ def save(output: Path, scene: Scene, split: Split, maps: Mapping[str, Mapping[st
 
 
 def _maps(scene: Scene, split: Split, maps: Mapping[str, Mapping[str, Tensor]], results: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(13, 11.4), layout="constrained")
+    figure = Figure(figsize=(13, 3.6 + 2.6 * len(maps)), layout="constrained")
     figure.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr, call-arg]
     subsets = subset_names(results)
     axes = figure.subplots(1 + len(maps), len(subsets), squeeze=False, height_ratios=[1.5] + [1] * len(maps))

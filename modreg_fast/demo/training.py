@@ -20,7 +20,7 @@ from modreg_fast.demo.model import TwoStream
 from modreg_fast.functional import gradient_statistics, softmax_fisher_information
 from modreg_fast.missing import without
 
-METHODS = ("plain", "functional entropy", "attribution")
+METHODS = ("plain", "functional entropy", "attribution", "own heads")
 STEPS, QUICK_STEPS = 300, 12
 BATCH, CROP = 16, 8
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.1
@@ -40,9 +40,17 @@ class Regularizer(nn.Module):
         self.method = method
         self.balance = mrf.FunctionalEntropyLoss(FEATURE_WEIGHT, PREDICTION_WEIGHT)
         self.steer = mrf.AttributionLoss()
+        self.alone = mrf.ModalityCrossEntropy(joint_weight=0.0, ignore_index=IGNORE)  # the loss of the step has the joint one
 
-    def forward(self, features: Mapping[str, list[Tensor]], scores: Tensor, values: Tensor, mask: Tensor) -> Tensor | None:
+    def forward(
+        self, model: TwoStream, features: Mapping[str, list[Tensor]], scores: Tensor, values: Tensor, labels: Tensor
+    ) -> Tensor | None:
         """``values``: cross entropy ``(B, H, W)``; the prediction term differentiates it by the finest features."""
+        mask = labels != IGNORE
+        if self.method == "own heads":
+            assert model.heads is not None
+            own: Tensor = self.alone({name: head(features[name]) for name, head in model.heads.heads.items()}, labels)
+            return own
         if self.method == "functional entropy":
             finest = {name: rows[0] for name, rows in features.items()}
             penalty: Tensor = self.balance(features, mask=mask) + self.balance.prediction_term(values, finest, mask=mask)
@@ -66,7 +74,7 @@ def train(method: str, parts: Mapping[str, Blocks], classes: int, seed: int, ste
     and the same batches."""
     torch.manual_seed(seed)
     blocks = parts["train"]
-    model = TwoStream({name: x.shape[1] for name, x in blocks.sensors.items()}, classes)
+    model = TwoStream({name: x.shape[1] for name, x in blocks.sensors.items()}, classes, own=method == "own heads")
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     regularizer = Regularizer(method)
@@ -92,7 +100,7 @@ def _backward(model: TwoStream, regularizer: Regularizer, batch: Blocks) -> None
     scores = model.head(features)
     values = F.cross_entropy(scores, batch.labels, ignore_index=IGNORE, reduction="none")
     loss = values.sum() / mask.sum().clamp(min=1)
-    penalty = regularizer(features, scores, values, mask)
+    penalty = regularizer(model, features, scores, values, batch.labels)
     if penalty is None:
         loss.backward()
     elif regularizer.method == "attribution":
@@ -127,9 +135,10 @@ def _name(subset: Sequence[str], sensors: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def predict(model: TwoStream, blocks: Blocks) -> dict[str, Tensor]:
-    """Subset -> predicted classes ``(N, 16, 16)``; a missing sensor is at 0, its mean."""
+    """Subset -> predicted classes ``(N, 16, 16)``."""
     with evaluating(model):
-        return {_name(subset, given): model(given).argmax(1) for subset, given in without(blocks.sensors)}
+        subsets = without(blocks.sensors, drop=model.drop)
+        return {_name(subset, blocks.sensors): model(given).argmax(1) for subset, given in subsets}
 
 
 def score(model: TwoStream, blocks: Blocks, classes: int, scored: list[int]) -> dict[str, Any]:
@@ -140,9 +149,9 @@ def score(model: TwoStream, blocks: Blocks, classes: int, scored: list[int]) -> 
         return float(jaccard(scores, labels)[scored].mean())
 
     data = [(blocks.sensors, blocks.labels)]
-    miou = mrf.evaluate_missing(model, data, mean_iou, progress=False)
+    miou = mrf.evaluate_missing(model, data, mean_iou, drop=model.drop, progress=False)
     micro = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE)
-    accuracy = mrf.evaluate_missing(model, data, micro, progress=False)
+    accuracy = mrf.evaluate_missing(model, data, micro, drop=model.drop, progress=False)
     return {
         "miou": {_name(subset, blocks.sensors): x for subset, x in miou.scores.items()},
         "miou_mean": miou.mean,
@@ -162,30 +171,36 @@ def shares(model: TwoStream, blocks: Blocks) -> dict[str, float]:
 def milliseconds(parts: Mapping[str, Blocks], classes: int, repeats: int) -> dict[str, dict[str, float]]:
     """Medians: ``{"plain": {"step": t}}`` of a training step without the optimizer. For the other methods what their loss adds to
     it, ``default`` and ``reference`` by backend, and what of that the library's ops take, ``default ops`` and ``reference ops``;
-    in the rest PyTorch differentiates the head once more. Forward and backward, measured in turns."""
+    in the rest PyTorch differentiates the head once more, or runs the heads of the sensors. Forward and backward, measured in turns."""
     torch.manual_seed(0)
     batch = sample(parts["train"], torch.Generator().manual_seed(0))
-    model = TwoStream({name: x.shape[1] for name, x in batch.sensors.items()}, classes)
+    model = TwoStream({name: x.shape[1] for name, x in batch.sensors.items()}, classes, own=True)
+    assert model.heads is not None
     mask = batch.labels != IGNORE
     features = model.encode(batch.sensors)
     scores = model.head(features)
     values = F.cross_entropy(scores, batch.labels, ignore_index=IGNORE, reduction="none")
     head: list[Tensor] = list(model.head.parameters())
+    own: list[Tensor] = list(model.heads.heads.parameters())
     encoded = [x for rows in features.values() for x in rows]
     scales = len(encoded) // len(features)
     grads = [g.requires_grad_() for g in torch.autograd.grad(values.sum(), encoded, retain_graph=True)]
     leaves, fixed_values = [x.detach().requires_grad_() for x in encoded], values.detach()
+    logits = {m: model.heads.heads[m](rows).detach().requires_grad_() for m, rows in features.items()}
+    updated = {"functional entropy": [*encoded, *head], "attribution": head, "own heads": [*encoded, *own]}
 
     def step() -> None:
         _backward(model, Regularizer("plain"), batch)
 
     def added(method: str) -> None:
-        penalty = Regularizer(method)(features, scores, values, mask)
+        penalty = Regularizer(method)(model, features, scores, values, batch.labels)
         assert penalty is not None
-        updated = [*encoded, *head] if method == "functional entropy" else head
-        torch.autograd.grad(penalty, updated, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(penalty, updated[method], retain_graph=True, allow_unused=True)
 
     def ops(method: str) -> None:
+        if method == "own heads":
+            torch.autograd.grad(Regularizer(method).alone(logits, batch.labels), list(logits.values()))
+            return
         if method == "functional entropy":
             by_sensor = [leaves[i : i + scales] for i in range(0, len(leaves), scales)]
             torch.autograd.grad(softmax_fisher_information(by_sensor, mask=mask).sum(), leaves)
