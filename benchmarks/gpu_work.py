@@ -69,5 +69,5 @@ def on_paper(cubin: bytes, entry: str, report: ptx.Report, elements: int, warps:
     )  # what all read is fetched once
     synchronized = any(n for name, n in names.items() if name.startswith("BAR"))
     work = Work((loads + report.stores.bytes) / elements, counts, blocks if synchronized else blocks * warps)
-    conflicts = wavefronts / max(1, sum(r.least_wavefronts for r in shared))
+    conflicts = wavefronts / sum(r.least_wavefronts for r in shared) if shared else 1.0
     return OnPaper(work, conflicts, sum(r.sectors for r in world) / sum(r.least_sectors for r in world), names)
