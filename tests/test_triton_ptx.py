@@ -108,6 +108,20 @@ def test_softmax_fisher(architecture, dtype, layout):
         assert_moved_once(traffic, xs[0], True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_softmax_fisher_has_no_bank_conflicts(dtype, layout):
+    """Nor does it ask for sectors of which it uses a part."""
+    problem = fisher.Problem(tensors([(1, 64, 256)], 2, dtype, layout), [], None, [0.0] * 2, 1, None, False, EPS)
+    upstream = fisher.Result(torch.ones(2, 1, 1), torch.full((1, 1), 256))
+    for launch in (fisher.forward_launches(problem)[1][0], fisher.backward_launches(problem, upstream, upstream)[1][0]):
+        written = [x for x in launch.arguments if isinstance(x, torch.Tensor)]
+        requests = Gpu(90, *problem.features, *written).run(launch).requests.values()
+        shared, world = ([r for r in requests if r.space == space] for space in ("shared", "global"))
+        assert sum(r.wavefronts for r in shared) <= 1.1 * sum(r.least_wavefronts for r in shared)
+        assert sum(r.sectors for r in world) <= 1.02 * sum(r.least_sectors for r in world)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, *SLOW])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("detach", [False, pytest.param(True, marks=pytest.mark.slow)])
