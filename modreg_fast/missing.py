@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import isnan
 from statistics import fmean
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
 from modreg_fast._evaluation import Data, Model, batches, check_model, evaluating, extra, name_of, rendered
 from modreg_fast._output import plain, printable
+from modreg_fast.distributed import on_all_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["MissingModalities", "evaluate_missing", "without"]
 
@@ -122,7 +127,8 @@ def evaluate_missing(
             ``lambda x: net(x["rgb"], x["depth"])``; in that case ``net.eval()`` is yours to call.
         data: pairs ``(inputs, target)``, such as a ``DataLoader``. Modalities go by their names, in whatever order a batch lists them.
             Batches without a sample are left out.
-        metric: a torchmetrics ``Metric``, updated batch by batch (a copy per subset, the given one stays untouched); or a function
+        metric: a torchmetrics ``Metric``, updated batch by batch (a copy per subset, the given one stays untouched; where it gathers
+            from other ranks, what fails on one is an error on all); or a function
             ``(predictions, targets) -> number``, called once per subset with all batches concatenated, on the CPU: images of
             different sizes as one row of pixels, ``(1, K, P)`` and ``(1, P)``. What the model returns goes to the metric as it is.
         modalities: the keys of the inputs that count; default those of the first batch.
@@ -156,20 +162,31 @@ def evaluate_missing(
         validate.fail(function, "metric", "a torchmetrics metric or a function", type(metric).__name__, TypeError)
     if higher_is_better is None:
         higher_is_better = getattr(metric, "higher_is_better", None) is not False
-    names = None if modalities is None else validate.sequence(modalities, function, "modalities")
-    collected: dict[Subset, Any] = {}
-    generator = torch.Generator().manual_seed(0)
-    with evaluating(model), torch.no_grad():
+    collected: dict[frozenset[str], Any] = {}
+
+    def collect() -> Subset:
+        names = None if modalities is None else tuple(validate.sequence(modalities, function, "modalities"))
+        generator = torch.Generator().manual_seed(0)
         for inputs, wanted in batches(model, data, function, progress, names, target=target, allow_absent=allow_absent):
             if names is None:
                 names = tuple(inputs)
             elif modalities is None and (more := [name for name in inputs if name not in names]):
                 validate.fail(function, "modalities", "given where the first batch lacks some", f"a later batch with {more[0]!r}")
             for subset, given in without(inputs, names, drop, generator, allow_absent=allow_absent):
-                if subset not in collected:
-                    collected[subset] = _copied(metric, inputs) if streaming else _Whole(metric)
-                collected[subset].update(model(given), wanted)
-        scores = {subset: _number(collector.compute(), function) for subset, collector in collected.items()}
+                key = frozenset(subset)
+                if key not in collected:
+                    collected[key] = _copied(metric, inputs) if streaming else _Whole(metric)
+                collected[key].update(model(given), wanted)
+        assert names is not None
+        return names
+
+    with evaluating(model), torch.no_grad():
+        names, *others = on_all_ranks(collect, _gathers_from(metric) if streaming else None, function)
+        for other in others:
+            if set(other) != set(names):
+                validate.fail(function, "data", "of the same modalities on every rank", f"{list(names)} and {list(other)}")
+        # In the same order on every rank, because a metric may gather.
+        scores = {subset: _number(collected[frozenset(subset)].compute(), function) for subset in _subsets(names)}
     return MissingModalities(name_of(metric, "score"), scores, higher_is_better)
 
 
@@ -185,11 +202,15 @@ def without(
     names = tuple(inputs) if modalities is None else tuple(modalities)
     present = [name for name in names if not (allow_absent and inputs.get(name) is None)]
     dropped = {name: _dropped(name, inputs[name], drop, generator) for name in present}
+    for subset in _subsets(names):
+        gone = {name: x for name, x in dropped.items() if name not in subset}
+        yield subset, {name: x for name, x in {**inputs, **gone}.items() if x is not None or name not in gone}
+
+
+def _subsets(names: Subset) -> Iterator[Subset]:
     sizes = range(len(names), 0, -1) if len(names) <= EXHAUSTIVE else (len(names), len(names) - 1, 1)
     for size in sizes:
-        for subset in combinations(names, size):
-            gone = {name: x for name, x in dropped.items() if name not in subset}
-            yield subset, {name: x for name, x in {**inputs, **gone}.items() if x is not None or name not in gone}
+        yield from combinations(names, size)
 
 
 def _dropped(name: str, x: Any, drop: Drop, generator: torch.Generator | None) -> Tensor | None:
@@ -239,6 +260,17 @@ class _Whole:
 def _row(x: Tensor, channels: bool) -> Tensor:
     """The pixels of all samples in a row: ``(1, C, P)``, or ``(1, P)``."""
     return x.movedim(1, -1).reshape(1, -1, x.shape[1]).mT if channels else x.reshape(1, -1)
+
+
+def _gathers_from(metric: Any) -> "ProcessGroup | None":
+    """The ranks from which a metric of torchmetrics gathers when it computes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    parts = metric.modules() if isinstance(metric, nn.Module) else [metric]
+    for part in parts:
+        if getattr(part, "sync_on_compute", False):
+            return cast("ProcessGroup | None", getattr(part, "process_group", None)) or dist.group.WORLD
+    return None
 
 
 def _copied(metric: Any, inputs: Mapping[str, Any]) -> Any:

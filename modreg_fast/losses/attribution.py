@@ -165,16 +165,15 @@ class AttributionLoss(Grouped):
         counted = whole != 0  # NaN counts: it must show in the penalty
         share = attribution / torch.where(counted, whole, 1)
         distance = (share - target).abs() if self.norm == "l1" else (share - target).square()
-        total, count = (
-            sum_over_ranks(x, self.process_group)
-            for x in (torch.where(counted, distance, 0).sum(), counted.sum().to(distance.dtype))
-        )
+        sums = [torch.where(counted, distance, 0).sum()[None], counted.sum()[None].to(distance.dtype)]
+        if return_details or self.process_group is not None:  # in one tensor: ranks meet once, whoever of them asks for details
+            sums.append(torch.where(counted, torch.cat([share, attribution]), 0).sum(1).detach())
+        total, count, *means = sum_over_ranks(torch.cat(sums), self.process_group)
         penalty = total / count.clamp(min=1)
         if not return_details:
             return penalty
-        sums = sum_over_ranks(torch.where(counted, torch.stack([share, attribution]), 0).sum(2).detach(), self.process_group)
-        means = sums / count
-        return penalty, AttributionDetails(*(dict(zip(names, values, strict=True)) for values in means))
+        by_name = (torch.stack(means).detach() / count.detach()).view(2, -1)
+        return penalty, AttributionDetails(*(dict(zip(names, values, strict=True)) for values in by_name))
 
     def _feature_mask(self, mask: Tensor | None, samples: Tensor | None, x: Tensor) -> Tensor:
         """Where ``x`` counts, ``(B, *spatial)``: the valid pixels of the samples that have it."""
