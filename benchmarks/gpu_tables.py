@@ -10,6 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from modreg_fast.backends.triton import gradient_statistics as statistics
+from modreg_fast.backends.triton import modality_cross_entropy as cross_entropy
 from modreg_fast.backends.triton import softmax_fisher as fisher
 from modreg_fast.backends.triton.launches import Launch
 from modreg_fast.backends.triton.offline import compile_for
@@ -54,6 +55,15 @@ def gradient_statistics(channels: int, dtype: torch.dtype, channels_last: bool, 
     return statistics.backward_launches(problem, upstream, upstream)[1][0]
 
 
+def modality_cross_entropy(channels: int, dtype: torch.dtype, channels_last: bool, backward: bool, modalities: int) -> Launch:
+    """No class weights, no smoothing, all modalities present."""
+    xs, target = tensors(modalities, channels, dtype, channels_last), torch.randint(channels, (1, PIXELS))
+    problem = cross_entropy.Problem(xs, target, None, None, 255, 0.0, 1e-8)
+    if not backward:
+        return cross_entropy.forward_launches(problem)[1][0]
+    return cross_entropy.backward_launches(problem, cross_entropy.Result(*map(torch.ones_like, problem.empty_result())))[1][0]
+
+
 def name(dtype: torch.dtype, channels_last: bool, backward: bool, noisy: bool = False) -> str:
     noise = ", noise" if noisy else ""
     layout = "channels" if channels_last else "pixels"
@@ -74,6 +84,11 @@ def resource_table() -> None:
     ):
         launch = gradient_statistics(channels, dtype, channels_last, backward)
         _resources("gradient_statistics", channels, name(dtype, channels_last, backward), launch)
+    for (channels, modalities), backward, channels_last, dtype in itertools.product(
+        ((64, 2), (25, 4)), (False, True), (False, True), (torch.float32, torch.bfloat16)
+    ):
+        launch = modality_cross_entropy(channels, dtype, channels_last, backward, modalities)
+        _resources("modality_cross_entropy", channels, name(dtype, channels_last, backward), launch)
 
 
 def _resources(op: str, channels: int, case: str, launch: Launch) -> None:
@@ -94,14 +109,17 @@ def roofline_table() -> None:
     )
     print("| --- " * (5 + len(gpu_work.TITLES) + len(CHIPS)) + "|")
     for channels, dtype, channels_last in itertools.product((64, 25), (torch.float32, torch.bfloat16), (False, True)):
+        modalities = 2 if channels == 64 else 4
         for noisy, backward in itertools.product((False, True), (False, True)):
             if channels == 64 or not noisy:
-                modalities = 2 if channels == 64 else 4
                 launch = softmax_fisher(channels, dtype, channels_last, backward, noisy, modalities)
                 _roofline("softmax_fisher", channels, name(dtype, channels_last, backward, noisy), launch, modalities)
         for backward in (False, True) if channels == 64 else ():
             launch = gradient_statistics(channels, dtype, channels_last, backward)
             _roofline("gradient_statistics", channels, name(dtype, channels_last, backward), launch, 2)
+        for backward in (False, True):
+            launch = modality_cross_entropy(channels, dtype, channels_last, backward, modalities)
+            _roofline("modality_cross_entropy", channels, name(dtype, channels_last, backward), launch, modalities)
 
 
 def _roofline(op: str, channels: int, case: str, launch: Launch, inputs: int) -> None:

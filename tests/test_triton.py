@@ -34,11 +34,14 @@ QUICK = {
     "tests/interpreted": "",
     "tests/test_softmax_fisher.py": "every_shape and dtype0 or empty_masks or nothing_valid or (every_option and 0.5-3-True-True)",
     "tests/test_gradient_statistics.py": "every_shape and dtype0 or lacks or each_output or zero_attribution or masked_out",
+    "tests/test_modality_cross_entropy.py": "(every_shape and dtype0 and -2-) or range or learnt or confident or ruled_out"
+    " or (every_option and 0.5-True-True and dtype0) or not_read",
     "tests/test_numerics.py": "16_bit or one_channel or one_pixel or every_channel or hard_inputs_no and -2",
 }
 EVERYTHING = [
     "softmax_fisher",
     "gradient_statistics",
+    "modality_cross_entropy",
     "numerics",
     "layouts",
     "philox",

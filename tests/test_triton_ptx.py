@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton_calls import Gpu
 
 from modreg_fast.backends.triton import gradient_statistics as statistics
+from modreg_fast.backends.triton import modality_cross_entropy as cross_entropy
 from modreg_fast.backends.triton import softmax_fisher as fisher
 
 EPS = 1e-8
@@ -221,6 +222,79 @@ def test_gradient_statistics_of_odd_sizes_with_masks(dtype, layout, maps):
     masks = [torch.rand(b, p) < 0.6 for b, _, p in shapes]
     masks[1][0] = False
     check_gradient_statistics(90, shapes, dtype, layout, masks, maps)
+
+
+# ---- modality_cross_entropy ----
+
+
+def check_modality_cross_entropy(architecture, xs, target, **options):
+    """Against the oracle; the traffic of reading the logits, forward and backward, and of writing gradients."""
+    values = {"weight": None, "present": None, "ignore_index": 255, "label_smoothing": 0.0, **options}
+    problem = cross_entropy.Problem(xs, target, eps=EPS, **values)
+    inputs = [*xs, target, *(x for x in (problem.weight, problem.present) if x is not None)]
+    gpu = Gpu(architecture, *inputs)
+    sums, launches = cross_entropy.forward_launches(problem)
+    forward, _ = [gpu.run(launch) for launch in launches]
+    gpu.fetch(*sums)
+    loads = [forward.loads_of[gpu.buffer(x)] for x in xs]
+    upstream = [torch.randn_like(x) for x in sums]
+    gpu = Gpu(architecture, *inputs, *upstream)
+    gradients, (launch,) = cross_entropy.backward_launches(problem, cross_entropy.Result(*upstream))
+    backward = gpu.run(launch)
+    gpu.fetch(*gradients)
+    expected, want = oracle.modality_cross_entropy(
+        helpers.wide(xs),
+        target.to(torch.int64).numpy(),
+        weight=helpers.wide(problem.weight),
+        ignore_index=problem.ignore_index,
+        smoothing=problem.label_smoothing,
+        present=helpers.wide(problem.present),
+        upstream=helpers.wide(upstream[:3]),
+    )
+    for actual, value in zip(sums, expected, strict=True):
+        helpers.assert_close(actual, value, 1e-5)
+    assert_gradients(gradients, want)
+    return loads + [backward.loads_of[gpu.buffer(x)] for x in xs], [backward.stores_to[gpu.buffer(x)] for x in gradients]
+
+
+QUICK = [(24, torch.float32, "pixels"), (96, torch.bfloat16, "channels")]
+ALL = itertools.product((24, 96), (*DTYPES, torch.float16), LAYOUTS)
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize(
+    "classes, dtype, layout", [*QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALL if x not in QUICK)]
+)
+def test_modality_cross_entropy(architecture, classes, dtype, layout):
+    """A thread with whole pixels, and lanes that share one: every logit read once, every gradient written once, in whole sectors."""
+    target = torch.randint(classes, (2, 128))
+    target[:, ::5] = 255
+    loads, stores = check_modality_cross_entropy(architecture, tensors([(2, classes, 128)], 2, dtype, layout), target)
+    assert len(loads) == 4 and len(stores) == 2
+    for traffic in (*loads, *stores):
+        assert_moved_once(traffic, tensors([(2, classes, 128)], 1, dtype, layout)[0], True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_modality_cross_entropy_of_odd_sizes_with_everything(dtype, layout, label_smoothing):
+    """Tiles partly outside, an absent modality, class weights, targets of one byte; sizes of both kinds of tile."""
+    present = torch.tensor([[True, True, True], [True, False, True]])
+    for classes in (19, 70):
+        target = torch.randint(classes, (2, 77), dtype=torch.uint8)
+        target[0, 3:9] = 255
+        options = {"weight": torch.rand(classes) + 0.1, "present": present, "label_smoothing": label_smoothing}
+        check_modality_cross_entropy(90, tensors([(2, classes, 77)], 3, dtype, layout), target, **options)
+
+
+@pytest.mark.parametrize("classes, pixels", [(1, 40), (3, 1), pytest.param(1000, 9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_modality_cross_entropy_of_extreme_shapes(classes, pixels, layout):
+    check_modality_cross_entropy(
+        90, tensors([(2, classes, pixels)], 2, torch.float32, layout), torch.randint(classes, (2, pixels), dtype=torch.int32)
+    )
 
 
 # ---- faults ----

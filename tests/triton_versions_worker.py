@@ -43,3 +43,6 @@ for (channels, modalities), dtype, last, noisy, backward in itertools.product(
     print(json.dumps({"case": f"softmax_fisher {case}", **look(fisher)}))
     if channels == 64 and not noisy:
         print(json.dumps({"case": f"gradient_statistics {case}", **look(kernels.gradient_statistics(**options, masked=True))}))
+    if not noisy:
+        cross_entropy = kernels.modality_cross_entropy(**options, modalities=modalities, masked=True)
+        print(json.dumps({"case": f"modality_cross_entropy {case}", **look(cross_entropy)}))

@@ -14,9 +14,10 @@ from interpreter import traffic
 from modreg_fast.backends.reference.philox import philox4x32, standard_normal
 from modreg_fast.backends.triton import gradient_statistics as statistics
 from modreg_fast.backends.triton import launches, noise
+from modreg_fast.backends.triton import modality_cross_entropy as cross_entropy
 from modreg_fast.backends.triton import softmax_fisher as fisher
 from modreg_fast.backends.triton.tiles import channels as channels_of
-from modreg_fast.functional import gradient_statistics, softmax_fisher_information
+from modreg_fast.functional import gradient_statistics, modality_cross_entropy, softmax_fisher_information
 
 LAYOUTS = {"pixels": lambda x: x, "channels": lambda x: x.mT.contiguous().mT}
 # Rows of whole sectors and odd ones, one pixel, many channels; two scales in a launch.
@@ -114,6 +115,40 @@ def test_masked_backward_counts_in_one_launch():
     assert len(found) == 2
     found[0].run()
     assert found[0].arguments[-1].tolist() == [m.sum(1).tolist() for m in masks]
+
+
+# Whole pixels in a thread; lanes that share a pixel; rows that are no sectors; one pixel; one class.
+CLASSES = [(2, 19, 77), (1, 64, 16), (1, 300, 9), (3, 5, 1), (2, 1, 40)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", CLASSES, ids=str)
+def test_modality_cross_entropy_reads_every_logit_once(shape, dtype, layout):
+    """And the backward pass, which writes every gradient once. Absent logits are not read; the target is, once."""
+    xs, target = tensors([shape], 2, dtype, layout), torch.randint(shape[1], (shape[0], shape[2]), dtype=torch.int16)
+    present = torch.ones(shape[0], 2, dtype=torch.bool)
+    present[0, 1] = False
+    problem = cross_entropy.Problem(xs, target, torch.rand(shape[1]), present, 255, 0.1, EPS)
+    sizes = [x.numel() * x.element_size() for x in xs]
+    sizes[1] -= sizes[1] // shape[0]
+
+    def check(counted):
+        assert [counted.loaded(x) for x in xs] == [counted.distinct(x) for x in xs] == sizes
+        assert counted.loaded(target) == 2 * target.numel()
+
+    with traffic() as forward:
+        result, (main, reduction) = cross_entropy.forward_launches(problem)
+        run([main, reduction])
+    partial = main.arguments[-1]
+    assert forward.loaded(partial) == partial.numel() * 4
+    assert all(forward.stored_once(x) for x in (partial, *result))
+    check(forward)
+    with traffic() as backward:
+        gradients, main = cross_entropy.backward_launches(problem, cross_entropy.Result(*map(torch.randn_like, result)))
+        run(main)
+    assert len(main) == 1 and all(backward.stored_once(g) for g in gradients)
+    check(backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,6 +260,14 @@ def test_offsets_of_64_bits():
     (shape,) = found[0].constants["SHAPES"]
     run([replace(x, constants={**x.constants, "SHAPES": (replace(shape, far=True),)}) for x in found])
     assert torch.equal(information, expected)
+    for channels in (19, 70):
+        x, target = torch.randn(2, channels, 33), torch.randint(channels, (2, 33))
+        sums, found = cross_entropy.forward_launches(cross_entropy.Problem([x], target, None, None, -100, 0.0, EPS))
+        run(found)
+        expected = [value.clone() for value in sums]
+        (shape,) = found[0].constants["SHAPES"]
+        run([replace(x, constants={**x.constants, "SHAPES": (replace(shape, far=True),)}) for x in found])
+        assert all(map(torch.equal, sums, expected))
     large = torch.empty(1, 2**15, 2**16, dtype=torch.bfloat16, device="meta")
     assert launches.far([large]) and launches.far([large.transpose(1, 2)]) and not launches.far([large[:, : 2**14]])
 
@@ -257,3 +300,5 @@ def test_too_many_channels():
     x = torch.zeros(1, 2**16 + 1, 1)
     with pytest.raises(ValueError, match="softmax_fisher: backend 'triton' takes at most 65536 channels, got 65537"):
         softmax_fisher_information([[x], [x]], backend="triton")
+    with pytest.raises(ValueError, match="modality_cross_entropy: backend 'triton' takes at most 65536 channels, got 65537"):
+        modality_cross_entropy([x], torch.zeros(1, 1, dtype=torch.int64), backend="triton")

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["gradient_statistics", "softmax_fisher", "status"]  # noqa: F822  (the two ops: __getattr__)
+_OPS = ("gradient_statistics", "modality_cross_entropy", "softmax_fisher")
+__all__ = [*_OPS, "status"]  # noqa: PLE0605  (the ops: __getattr__)
 
 
 def interpreted() -> bool:
@@ -33,6 +34,6 @@ def status() -> tuple[bool, str]:
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("gradient_statistics", "softmax_fisher"):
+    if name in _OPS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

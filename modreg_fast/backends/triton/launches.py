@@ -1,4 +1,4 @@
-"""What the two ops share on the host: the layout of tensors, the constants that kernels are compiled for, and launches."""
+"""What the ops share on the host: the layout of tensors, the constants that kernels are compiled for, and launches."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,6 @@ LOAD_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # what memory delivers at least
 MOST_THREADS = 1024
 
-# A multiprocessor has 65536 registers and room for 2048 threads (1536 on some chips): with 64 a thread, half of them fit at least.
-_REGISTERS = 64
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -35,6 +32,7 @@ class Shape:
     block_p: int
     held: int = 1  # channels of a pixel that a thread holds, in a tile of all of them
     run: int = 1  # of those, how many are neighbours
+    whole: bool = False  # a thread holds all channels of its pixels, and no more than there are
 
     def programs(self, x: Tensor) -> int:
         """Tiles of all samples of ``x`` ``(B, C, P)``."""
@@ -51,6 +49,7 @@ class Launch:
     threads: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]  # among them SHAPES
+    registers: int = 64  # of a thread, at most. A multiprocessor has 65536, for 2048 threads (1536 on some chips)
 
     def run(self) -> None:
         if self.device.type == "cuda":
@@ -65,7 +64,7 @@ class Launch:
         limited = backend == "cuda" and not any(shape.wide for shape in self.constants["SHAPES"])
         # Products are rounded together with the sums they go into: said, because versions of Triton have different defaults.
         options = {"num_warps": self.threads // warp_size, "enable_fp_fusion": True}
-        return {**options, "maxnreg": _REGISTERS} if limited else options
+        return {**options, "maxnreg": self.registers} if limited else options
 
 
 def run(results: Results, launches: Sequence[Launch]) -> Results:

@@ -28,6 +28,7 @@ from modreg_fast.backends.triton.tiles import (
     counting_pixels,
     gathered,
     highest,
+    holds,
     inside_rows,
     load_all,
     locate,
@@ -67,15 +68,6 @@ def _softmax(x, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _held(present, sample, m, MODALITIES: tl.constexpr):
-    """Whether the sample has modality ``m``."""
-    if present is None:
-        return tl.full((), True, tl.int1)
-    else:
-        return tl.load(present + sample * MODALITIES + m) != 0
-
-
-@triton.jit
 def _read(features, strides, mask, present, sample, p, pixels, SHAPE: tl.constexpr, MODALITIES: tl.constexpr):
     """A tile of every modality, 0 where it is absent; the reference q; which pixels count; the share of a modality in the reference."""
     within = inside_rows(p, pixels, SHAPE)
@@ -83,7 +75,7 @@ def _read(features, strides, mask, present, sample, p, pixels, SHAPE: tl.constex
     read, xs = (), ()
     number_held = tl.cast(0.0, tl.float64 if SHAPE.wide else tl.float32)
     for m in tl.static_range(MODALITIES):  # all are on their way before the first is waited for
-        has = _held(present, sample, m, MODALITIES)
+        has = holds(present, sample, m, MODALITIES)
         read = read + (load_all(features[m], strides[m], sample, p, within & has, SHAPE),)  # type: ignore[assignment]
         number_held += has.to(number_held.dtype)
     for m in tl.static_range(MODALITIES):
@@ -151,7 +143,7 @@ def _forward_kernel(
                     information += n / f
                 if not NOISY[m]:
                     information *= samples  # every draw is the same
-                total = tl.sum(tl.where(counts & _held(present, sample, m, MODALITIES), information, 0.0))
+                total = tl.sum(tl.where(counts & holds(present, sample, m, MODALITIES), information, 0.0))
                 tl.store(partial + m * tl.num_programs(0).to(tl.int64) + tl.program_id(0), total)
             if mask is not None:
                 tl.store(partial_counts + tl.program_id(0), tl.sum(counts.to(tl.int32)))
@@ -254,7 +246,7 @@ def _backward_kernel(
                 weight = tl.load(grad + (m * SCALES + s) * batch + sample).to(q.dtype) / terms
                 if not NOISY[m]:
                     weight *= samples  # every draw is the same
-                weight = tl.where(_held(present, sample, m, MODALITIES), weight, 0.0)
+                weight = tl.where(holds(present, sample, m, MODALITIES), weight, 0.0)
                 own, to_r, q_to_r = tl.zeros_like(q), tl.zeros_like(q), tl.full((1, SHAPE.block_p, 1), 0.0, q.dtype)
                 for draw in range(samples if NOISY[m] else 1):
                     more = _derivatives(
@@ -287,7 +279,7 @@ def _backward_kernel(
             for m in tl.static_range(MODALITIES):
                 to_x = owns[m] + q_share * (pull - q_pull)  # type: ignore[operator]
                 if mask is not None or present is not None:
-                    to_x = tl.where(counts & _held(present, sample, m, MODALITIES), to_x, 0.0)
+                    to_x = tl.where(counts & holds(present, sample, m, MODALITIES), to_x, 0.0)
                 store_all(to_x, gradients[s][m], gradient_strides[s], sample, p, inside, SHAPE)
         program -= programs
 

@@ -178,11 +178,73 @@ def store_all(x, tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def holds(present, sample, m, MODALITIES: tl.constexpr):
+    """Whether the sample has modality ``m``."""
+    if present is None:
+        return tl.full((), True, tl.int1)
+    else:
+        return tl.load(present + sample * MODALITIES + m) != 0
+
+
+@triton.jit
+def part_channels(SHAPE: tl.constexpr):
+    """The channels of the parts of a tile. Where a thread holds whole pixels that lie side by side, the parts have 8 or 4, 2, 1 channels,
+    and together as many as there are; else there is one part, of all."""
+    if SHAPE.whole and SHAPE.channels_last:
+        return (tl.arange(0, SHAPE.block_c)[:, None, None],)
+    elif SHAPE.whole:
+        parts = ()
+        for i in tl.static_range(SHAPE.channels // 8):
+            parts = parts + ((8 * i + tl.arange(0, 8))[:, None, None],)  # type: ignore[assignment]
+        for bit in tl.static_range(3):
+            if SHAPE.channels >> bit & 1:
+                c = SHAPE.channels // 8 * 8 + SHAPE.channels % (1 << bit) + tl.arange(0, 1 << bit)
+                parts = parts + (c[:, None, None],)  # type: ignore[assignment]
+        return parts
+    else:
+        return (channels(SHAPE),)
+
+
+@triton.jit
+def load_parts(tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
+    """``load_all`` by parts."""
+    if SHAPE.whole and SHAPE.channels_last:
+        c = tl.arange(0, SHAPE.block_c)[None, :]
+        at = pointers(tensor, strides, sample, c, p[:, None], SHAPE)
+        x = tl.load(at, mask=(c < SHAPE.channels) & inside[:, None], other=0.0)
+        return (tl.trans(x)[:, :, None],)
+    elif SHAPE.whole:
+        parts, cs = (), part_channels(SHAPE)
+        for i in tl.static_range(len(cs)):
+            at = pointers(tensor, strides, sample, cs[i], p[None, :, None], SHAPE)
+            parts = parts + (tl.load(at, mask=inside[None, :, None], other=0.0),)  # type: ignore[assignment]
+        return parts
+    else:
+        return (load_all(tensor, strides, sample, p, inside, SHAPE),)
+
+
+@triton.jit
+def store_part(x, i: tl.constexpr, tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
+    """The counterpart of ``load_parts`` for part ``i``."""
+    if SHAPE.whole and SHAPE.channels_last:
+        c = tl.arange(0, SHAPE.block_c)[None, :]
+        at = pointers(tensor, strides, sample, c, p[:, None], SHAPE)
+        x = tl.trans(narrowed(x, tensor).reshape(SHAPE.block_c, SHAPE.block_p))
+        tl.store(at, x, mask=(c < SHAPE.channels) & inside[:, None])
+    elif SHAPE.whole:
+        at = pointers(tensor, strides, sample, part_channels(SHAPE)[i], p[None, :, None], SHAPE)
+        tl.store(at, narrowed(x, tensor), mask=inside[None, :, None])
+    else:
+        store_all(x, tensor, strides, sample, p, inside, SHAPE)
+
+
+@triton.jit
 def gathered(x, SHAPE: tl.constexpr):
-    """A tile of all channels as it was loaded, made such that a thread holds channels of one pixel instead of 16 bytes of pixels.
+    """A tile of all channels as it was loaded, made such that a thread holds channels of one pixel instead of 16 bytes of pixels, or all
+    channels of a pixel instead of 16 bytes of them.
 
     That is an exchange through shared memory. Triton has no word for it, but a split needs its two parts in one thread."""
-    if SHAPE.channels_last:
+    if SHAPE.channels_last != SHAPE.whole:
         return x
     else:
         one, other = tl.split(tl.broadcast_to(x[:, :, :, None], x.shape + (2,)))
