@@ -22,8 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CUDA_KERNELS = ("softmax_fisher", "gradient_statistics")
-KERNELS = (*CUDA_KERNELS, "modality_cross_entropy")
+KERNELS = ("softmax_fisher", "gradient_statistics", "modality_cross_entropy")
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -115,7 +114,7 @@ def cuda_objects(ninja: Ninja, nvcc: Nvcc, includes: str) -> list[str]:
         f"rule cuda\n  command = {nvcc.program} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC {nvcc.flags} -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc"
     )
-    objects = [ninja.compile(f"cuda/{stem}.cu", f"{stem}.cuda", "", "cuda") for stem in (*CUDA_KERNELS, "launch")]
+    objects = [ninja.compile(f"cuda/{stem}.cu", f"{stem}.cuda", "", "cuda") for stem in (*KERNELS, "launch")]
     define = f"-DMRF_CUDA_ARCHITECTURES='\"{', '.join(nvcc.architectures)}\"'"
     return [*objects, ninja.compile("cuda/module.cpp", "module.cuda", f"{includes} {STABLE_ABI} {define}")]
 

@@ -270,23 +270,11 @@ void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std
 
 // ---- modality_cross_entropy ----
 
-mrf::Integer integer_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Byte: return mrf::Integer::uint8;
-    case ScalarType::Char: return mrf::Integer::int8;
-    case ScalarType::Short: return mrf::Integer::int16;
-    case ScalarType::Int: return mrf::Integer::int32;
-    case ScalarType::Long: return mrf::Integer::int64;
-    default: STD_TORCH_CHECK(false, "modreg_fast_native: unexpected dtype of the target"); return mrf::Integer::int64;
-  }
-}
-
 struct ModalityCrossEntropyCall : ModalitiesCall<mrf::ModalityCrossEntropy> {
   ModalityCrossEntropyCall(const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
                            const std::optional<Tensor>& present, int64_t ignore_index, double label_smoothing, double eps)
       : ModalitiesCall(logits, int(logits.size()), {}, present, eps) {
-    problem.target_type = integer_of(target);
+    problem.target_type = mrf::integer_of(target);
     problem.target = flat_view_of(target).data;
     problem.ignore_index = ignore_index;
     problem.label_smoothing = label_smoothing;

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ MOST_SCALES, MOST_ARRAYS, MOST_TENSORS = 8, 48, 14
 
 P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
+TARGETS = ("uint8", "int8", "int16", "int32", "int64")
+UNITS = ("pixels", "piece", "single")
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -57,6 +60,23 @@ class SoftmaxFisher(ctypes.Structure):
     ]
 
 
+class ModalityCrossEntropy(ctypes.Structure):
+    _fields_ = [
+        ("modalities", I32),
+        ("target_type", I32),
+        ("batch", I64),
+        ("ignore_index", I64),
+        ("eps", F64),
+        ("label_smoothing", F64),
+        *((name, P) for name in ("target", "class_weight", "present", "cross_entropy", "information", "joint", "weights")),
+        *((name, P) for name in ("partial", "arrived", "to_cross_entropy", "to_joint", "to_information")),
+        *((name, I32) for name in ("unit", "warp_bytes", "numbers")),
+        ("tiling", Tiling),
+        ("logits", Array * MOST_ARRAYS),
+        ("gradients", Array * MOST_ARRAYS),
+    ]
+
+
 class GradientStatistics(ctypes.Structure):
     _fields_ = [
         ("tensors", I32),
@@ -83,7 +103,8 @@ def _host() -> ctypes.CDLL:
             check=True,
         )
         loaded = ctypes.CDLL(str(library))
-    for stem, struct in (("softmax_fisher", SoftmaxFisher), ("gradient_statistics", GradientStatistics)):
+    for struct in (SoftmaxFisher, ModalityCrossEntropy, GradientStatistics):
+        stem = re.sub("(?<=[a-z])(?=[A-Z])", "_", struct.__name__).lower()
         assert loaded[f"size_of_{stem}"]() == ctypes.sizeof(struct)
     return loaded
 
@@ -204,6 +225,14 @@ def tilings(tensors, masks):
     return array(Tiling, [Tiling(*x.shape[1:], address(mask)) for x, mask in zip(tensors, masks, strict=True)])
 
 
+def entry(stem: str, call, backward: bool, kind: str) -> str:
+    """The kernel that runs a planned call; ``kind``: the accumulation type."""
+    name = f"{stem}_{'backward' if backward else 'forward'}"
+    if stem == "modality_cross_entropy":
+        return f"{name}_{UNITS[call.unit]}_{list(DTYPES)[call.logits[0].dtype]}"
+    return f"{name}_noise_{kind}" if stem == "softmax_fisher" and any(call.sigma) else f"{name}_{kind}"
+
+
 def launch_each(out, stem, calls, backward, kind, memory, arch, limit, most_blocks):
     """Plans and runs every launch of a call, the results of its blocks and its counters in memory of its own; ``out`` keeps the last."""
     out.launches = len(calls)
@@ -211,13 +240,18 @@ def launch_each(out, stem, calls, backward, kind, memory, arch, limit, most_bloc
         launch = plan(stem, call, backward, BYTES[kind], limit, most_blocks)
         assert launch.shared_bytes >= 0, "a tile does not fit"
         if not backward:
-            rows, count = (call.modalities + 1, call.scales) if stem == "softmax_fisher" else (3, call.tensors)
+            if stem == "softmax_fisher":
+                rows, count = call.modalities + 1, call.scales
+            elif stem == "gradient_statistics":
+                rows, count = 3, call.tensors
+            else:
+                rows, count = 2 * call.modalities + 2, 1
             arrived = memory.put(np.zeros(count * call.batch, np.uint32))
             call.partial, call.arrived = memory.empty(launch.blocks * rows, kind).address, arrived.address
-        noise = "_noise" if stem == "softmax_fisher" and any(call.sigma) else ""
-        entry = f"{stem}_{'backward' if backward else 'forward'}{noise}_{kind}"
         shared = dict(shared_bytes=launch.shared_bytes)
-        out.report = ptx.run(kernels(stem, arch), entry, launch.blocks, launch.threads, [call], memory, **shared)
+        out.report = ptx.run(
+            kernels(stem, arch), entry(stem, call, backward, kind), launch.blocks, launch.threads, [call], memory, **shared
+        )
         assert backward or not arrived.numpy().any()
         out.call, out.launch = call, launch
 
@@ -314,4 +348,51 @@ def gradient_statistics(
     ]
     calls = split("gradient_statistics", call, tilings(grads, masks), *arrays, *pointers)
     launch_each(out, "gradient_statistics", calls, backward, kind, memory, arch, limit, most_blocks)
+    return out
+
+
+# ---- modality_cross_entropy ----
+
+
+def modality_cross_entropy(
+    logits,
+    target,
+    *,
+    weight=None,
+    ignore_index=-100,
+    smoothing=0.0,
+    present=None,
+    eps=1e-8,
+    upstream=None,
+    arch="sm_90",
+    limit=SHARED_LIMIT,
+    most_blocks=MOST_BLOCKS,
+    **layout,
+):
+    """``logits``: ``Tensor``, all in one memory, of one dtype and layout; ``target``: ``(B, P)`` of the dtype that the kernel is to read.
+    Without ``upstream`` forward: cross_entropy, joint, information and weights; with it, the gradients of the first three, backward:
+    gradients, ``Tensor``. And what ``launch_each`` adds."""
+    memory, batch = logits[0].buffer.memory, logits[0].shape[0]
+    kind = "float64" if logits[0].dtype == "float64" else "float32"
+    call = ModalityCrossEntropy(
+        modalities=len(logits), batch=batch, ignore_index=ignore_index, eps=eps, label_smoothing=smoothing
+    )
+    out = SimpleNamespace(target=memory.put(target), gradients=[])
+    call.target, call.target_type = out.target.address, TARGETS.index(str(target.dtype))
+    call.class_weight = None if weight is None else memory.put(np.asarray(weight, np.float64)).address
+    call.present = None if present is None else memory.put(present.astype(np.uint8)).address
+    call.tiling.channels, call.tiling.pixels = logits[0].shape[1:]
+    call.logits[: len(logits)] = [x.array for x in logits]
+    if upstream is None:
+        for name, shape in (("cross_entropy", (len(logits), batch)), ("joint", batch), ("weights", batch)):
+            setattr(out, name, memory.empty(shape, kind))
+        out.information = memory.empty((len(logits), batch), kind)
+        for name in ("cross_entropy", "joint", "information", "weights"):
+            setattr(call, name, getattr(out, name).address)
+    else:
+        out.gradients = [type(x)(memory, None, x.dtype, x.layout, shape=x.shape, **layout) for x in logits]
+        call.gradients[: len(logits)] = [x.array for x in out.gradients]
+        for name, above in zip(("to_cross_entropy", "to_joint", "to_information"), upstream, strict=True):
+            setattr(call, name, memory.put(np.asarray(above, np.float64)).address)
+    launch_each(out, "modality_cross_entropy", [call], upstream is not None, kind, memory, arch, limit, most_blocks)
     return out

@@ -52,8 +52,8 @@ def test_the_host_side_can_be_captured_in_a_graph():
     assert launches and all(launch.endswith("static_cast<cudaStream_t>(stream)") for launch in launches)
     binding = (ROOT / "csrc/cuda/module.cpp").read_text()
     assert binding.count("aoti_torch_get_current_cuda_stream(like") == binding.count("mrf::cuda::launch(") == 1
-    entries = re.findall(r"^void \w+_(?:forward|backward)\(", binding, re.M)
-    assert len(entries) == 4 and binding.count("DeviceGuard guard(") == 2  # one for each op, in what its two passes call
+    entries = re.findall(r"^(?:void|bool) \w+_(?:forward|backward)\(", binding, re.M)
+    assert len(entries) == 6 and binding.count("DeviceGuard guard(") == 3  # one for each op, in what its two passes call
     assert not re.search(r"\bitem\b|\bcpu\(|copy_|\.to\(|synchronize", binding)
 
 
@@ -104,3 +104,32 @@ def test_gradient_statistics_on_a_gpu(dtype):
         gradients = torch.autograd.grad(total, [*tensors[0], *tensors[1], *values])
         results.append([out.fisher.cpu(), out.attribution.cpu(), *(g.cpu() for g in gradients)])
     assert_close(results[0], results[1], 1e-5 if dtype.itemsize > 2 else 2.0**-7)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_modality_cross_entropy_on_a_gpu(dtype, channels_last, label_smoothing):
+    for channels, modalities in ((19, 2), (64, 3), (7, 6)):
+        logits = [torch.randn(2, channels, 33, 17, dtype=dtype, device="cuda") for _ in range(modalities)]
+        if channels_last:
+            logits = [x.to(memory_format=torch.channels_last) for x in logits]
+        logits = [x.requires_grad_() for x in logits]
+        target = torch.randint(channels + 1, (2, 33, 17), device="cuda")
+        present = torch.rand(2, modalities, device="cuda") > 0.3
+        results = []
+        for backend in ("cuda", "reference"):
+            sums = mrf.functional.modality_cross_entropy(
+                logits,
+                target,
+                weight=torch.linspace(0.1, 1, channels, device="cuda"),
+                ignore_index=channels,
+                label_smoothing=label_smoothing,
+                present=present,
+                backend=backend,
+            )
+            gradients = torch.autograd.grad(sum(x.square().sum() for x in sums[:3]), logits)
+            results.append(([x.cpu() for x in sums], [g.cpu() for g in gradients]))
+        assert_close(results[0][0], results[1][0], 1e-5)
+        assert_close(results[0][1], results[1][1], 1e-5 if dtype.itemsize > 2 else 2.0**-7)

@@ -298,3 +298,22 @@ def test_block_must_be_the_one_compiled_for():
 def test_output_must_be_written_and_names_its_buffer():
     with pytest.raises(ptx.Uninitialized, match="y: 124 of 128 bytes were never written"):
         execute("setp.eq.u32 %p0, %t, 9; @%p0 st.global.u32 [%y], %t;", X, "u4")
+
+
+def test_asynchronous_copies_of_a_part():
+    """Of 16 bytes each thread copies as many as its number says, 0 to 16; zeros follow. What lies beyond is not read."""
+    memory = ptx.Memory()
+    content = np.arange(1, 33 * 16 + 1, dtype=np.uint32).astype(np.uint8)
+    x, y = memory.put(content[: 32 * 16]), memory.empty(32 * 16, np.uint8)
+    text = """
+        .visible .entry kernel(.param .u64 x, .param .u64 y) {
+        .shared .align 16 .b8 s[512]; .reg .b32 %t, %n, %s, %r<4>; .reg .b64 %x, %y;
+        mov.u32 %t, %tid.x; min.u32 %n, %t, 16; mov.u32 %s, s; mad.lo.u32 %s, %t, 16, %s;
+        ld.param.u64 %x, [x]; mad.wide.u32 %x, %t, 16, %x; ld.param.u64 %y, [y]; mad.wide.u32 %y, %t, 16, %y;
+        cp.async.cg.shared.global [%s], [%x], 16, %n; cp.async.wait_all;
+        ld.shared.v4.u32 {%r0, %r1, %r2, %r3}, [%s]; st.global.v4.u32 [%y], {%r0, %r1, %r2, %r3};
+        ret; }"""
+    report = ptx.run(text, "kernel", 1, 32, [x, y], memory)
+    expected = content[: 32 * 16].reshape(32, 16) * (np.arange(16) < np.minimum(np.arange(32), 16)[:, None])
+    np.testing.assert_array_equal(y.numpy().reshape(32, 16), expected)
+    assert report.loads_of[x].bytes == report.loads_of[x].distinct == np.minimum(np.arange(32), 16).sum()

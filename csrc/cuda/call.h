@@ -19,7 +19,7 @@ struct Array {
   int64_t sample_stride, line_stride;
   DType dtype;
   uint8_t pixel_lines;
-  uint8_t vector;  // plan: every line is whole pieces of 16 aligned bytes
+  uint8_t vector;  // plan: every line is whole pieces of 16 aligned bytes; in tiles of a warp: every line starts at one
   // plan: 2^across neighbouring threads share a line, 2^down of those groups go down the lines (tile.h).
   uint8_t across, down;
 };
@@ -76,7 +76,32 @@ struct GradientStatistics {
   void *values[kMostTensors], *to_values[kMostTensors], *fisher_maps[kMostTensors], *attribution_maps[kMostTensors];
 };
 
-static_assert(sizeof(SoftmaxFisher) <= 4096 && sizeof(GradientStatistics) <= 4096, "fits the parameters of a kernel");
+// What a lane reads from a tile of a warp at once (warp_tile.h): a pixel or two of 16 bits; where channels lie side by side 16 bytes of
+// them, or one.
+enum class Unit : int { pixels, piece, single };
+
+struct ModalityCrossEntropy {
+  int32_t modalities;
+  Integer target_type;
+  int64_t batch, ignore_index;
+  double eps, label_smoothing;
+  const void* target;                  // (B, P)
+  const double* class_weight;          // (C) or null: 1
+  const uint8_t* present;              // (B, M) or null
+  void *cross_entropy, *information;   // (M, B) in the accumulation type
+  void *joint, *weights;               // (B)
+  void* partial;                       // [blocks][2 modalities + 2] in the accumulation type
+  uint32_t* arrived;                   // [B], 0 before and after a launch
+  const double *to_cross_entropy, *to_joint, *to_information;  // upstream gradients, backward only
+  Unit unit;                           // plan
+  int32_t warp_bytes, numbers;         // plan: shared memory of a warp, and where in it numbers of its lanes stand
+  Tiling tiling;                       // of all logits; its tiles are those of warps, its pitch is in bytes
+  Array logits[kMostArrays];           // all of one type and layout
+  Array gradients[kMostArrays];        // the same, backward only
+};
+
+static_assert(sizeof(SoftmaxFisher) <= 4096 && sizeof(GradientStatistics) <= 4096 && sizeof(ModalityCrossEntropy) <= 4096,
+              "fits the parameters of a kernel");
 
 struct Launch {
   int64_t blocks = 0;
@@ -210,6 +235,79 @@ inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_
     if (backward)
       for (Array* all : {call.to_grads, call.to_features}) plan_copy(all[k], call.tilings[k], launch.threads);
   }
+  return launch;
+}
+
+// ---- tiles of a warp (warp_tile.h) ----
+
+// Shared memory for the tiles of a warp, at most: then a dozen warps fit a multiprocessor, which together wait for several times the bytes
+// that its share of the memory's bandwidth delivers within its latency. And of a block.
+constexpr int64_t kWarpBytes = 20 << 10, kBlockBytes = 64 << 10;
+// Modalities whose numbers a thread holds in registers together.
+constexpr int kGroup = 4;
+
+inline bool starts_pieces(const Array& x, int64_t line_bytes) {
+  const int64_t bytes = size_of(x.dtype);
+  return !((reinterpret_cast<uintptr_t>(x.data) | x.sample_stride * bytes | line_bytes) & 15);
+}
+
+// Lanes for each pixel, the fewest with which the tile of a warp is small enough, where pixels lie side by side up to those that leave
+// whole sectors, and where there are few pixels as many as leave no lane without one. Shared memory decides how many warps a block has.
+inline Launch plan(ModalityCrossEntropy& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+  Tiling& t = call.tiling;
+  const int64_t bytes = size_of(call.logits[0].dtype), channel_bytes = t.channels * bytes;
+  const bool pixel_lines = call.logits[0].pixel_lines;
+  Array* const arrays[] = {call.logits, call.gradients};
+  call.unit = pixel_lines ? Unit::pixels : bytes < 8 && channel_bytes % 16 == 0 ? Unit::piece : Unit::single;
+  bool rows_follow = call.unit == Unit::single;  // one on the other, so that a tile is one line
+  for (int m = 0; m < call.modalities; ++m)
+    rows_follow &= call.logits[m].line_stride == t.channels && starts_pieces(call.logits[m], 0);
+
+  const int64_t pixels = pixel_lines && bytes == 2 ? 2 : 1, unit_channels = call.unit == Unit::piece ? 16 / bytes : 1;
+  // Numbers of a lane beside the tile: sums, or for a group of modalities gradients at y and with smoothing more.
+  const int64_t numbers = !backward ? 2 * call.modalities + 2 : (call.label_smoothing > 0 ? 3 : 1) * kGroup * pixels, reserve = 40960;
+  for (t.lane_bits = 0;; ++t.lane_bits) {
+    t.lanes = 1 << t.lane_bits;
+    const int64_t groups = 32 / t.lanes;
+    t.width = int32_t(groups * pixels);
+    if (pixel_lines) {
+      t.pitch = int32_t(t.width * bytes);
+    } else if (rows_follow && groups * channel_bytes % 16 == 0) {
+      t.pitch = int32_t(channel_bytes);
+    } else {  // lanes that read together read from different banks
+      const int64_t unit = std::max<int64_t>(unit_channels * bytes, 4), rows = std::max<int64_t>(128 / unit / groups, 1);
+      t.pitch = int32_t(unit * rows * (((channel_bytes + unit - 1) / unit + rows - 1) / rows | 1));
+    }
+    const int64_t plane = ((pixel_lines ? t.channels : t.width) * t.pitch + 15) / 16 * 16;
+    const int64_t of_lane = call.modalities > kGroup ? (t.channels + t.lanes * unit_channels - 1) / t.lanes * pixels : 0;  // of the mean
+    const int64_t tile_bytes = call.modalities * plane + 32 * of_lane * accumulator_bytes;
+    const int64_t warp_bytes = tile_bytes + 32 * numbers * accumulator_bytes;
+    call.numbers = int32_t(std::min<int64_t>(tile_bytes, INT32_MAX / 2));
+    call.warp_bytes = int32_t(std::min<int64_t>(warp_bytes, INT32_MAX / 2));
+    const bool spread = t.width >= 2 * t.pixels && groups > 1, small = warp_bytes <= kWarpBytes, fits = warp_bytes <= limit - reserve;
+    const bool sectors = pixel_lines && t.pitch <= kSectorBytes;
+    if (t.lane_bits == 5 || (!spread && (small || (fits && sectors)))) break;
+  }
+  for (Array* all : arrays)
+    for (int m = 0; m < call.modalities && (all == call.logits || backward); ++m) {
+      const bool one_line = call.unit == Unit::single && t.pitch == channel_bytes && all[m].line_stride == t.channels;
+      const bool whole = call.unit == Unit::single ? one_line && t.width * channel_bytes % 16 == 0 : t.pitch % 16 == 0;
+      all[m].vector = whole && starts_pieces(all[m], one_line ? 0 : all[m].line_stride * bytes);
+    }
+
+  Launch launch;
+  const int64_t tiles = (t.pixels + t.width - 1) / t.width;
+  const int64_t warps = std::max<int64_t>(1, std::min({kBlockBytes / call.warp_bytes, tiles, int64_t(8)}));
+  // Forward, fewer blocks leave less to add up; backward, more of them end more evenly.
+  const int64_t most = (backward ? 4 : 1) * most_blocks, rounds = (call.batch * tiles + warps * most - 1) / (warps * most);
+  t.tiles_per_block = int32_t(warps * rounds);
+  t.blocks = (tiles + t.tiles_per_block - 1) / t.tiles_per_block;
+  launch.blocks = call.batch * t.blocks;
+  launch.threads = int32_t(32 * warps);
+  const int64_t weights = call.label_smoothing > 0 ? (t.channels + 3) / 4 * 4 * accumulator_bytes : 0;
+  const int64_t rows = backward ? 0 : warps * (2 * call.modalities + 2) * accumulator_bytes;
+  const int64_t shared = warps * call.warp_bytes + weights + rows;
+  launch.shared_bytes = shared <= limit ? int32_t(shared) : -1;
   return launch;
 }
 

@@ -121,6 +121,55 @@ void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std
   softmax_fisher(features, masks, present, sigma, draws, seed, eps, wide, call, gradients);
 }
 
+// ---- modality_cross_entropy ----
+
+void modality_cross_entropy(const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& present, int64_t ignore_index, double label_smoothing, double eps, bool wide,
+                            mrf::cuda::ModalityCrossEntropy call, const Tensors& gradients) {
+  const torch::stable::accelerator::DeviceGuard guard(logits[0].get_device_index());
+  STD_TORCH_CHECK(logits.size() <= mrf::cuda::kMostArrays, "modreg_fast: backend 'cuda' takes at most 48 modalities");
+  call.modalities = int32_t(logits.size()), call.batch = logits[0].size(0);
+  call.target_type = mrf::integer_of(target), call.target = pointer_of(target);
+  call.ignore_index = ignore_index, call.eps = eps, call.label_smoothing = label_smoothing;
+  call.class_weight = weight.has_value() ? pointer_of<double>(*weight) : nullptr;
+  call.present = present.has_value() ? pointer_of<uint8_t>(*present) : nullptr;
+  call.tiling = tilings_of(logits, 1, {})[0];
+  const auto fill = [&](const Tensors& tensors, Array* to) {
+    for (size_t m = 0; m < tensors.size(); ++m) {
+      to[m] = array_of(tensors[m]);
+      STD_TORCH_CHECK(to[m].dtype == call.logits[0].dtype && to[m].pixel_lines == call.logits[0].pixel_lines,
+                      "modreg_fast_native: expected logits of one dtype and layout");
+    }
+  };
+  fill(logits, call.logits), fill(gradients, call.gradients);
+  run(call, logits[0], !gradients.empty(), wide, 2 * call.modalities + 2, call.batch);
+}
+
+// Targets are checked on the device, where to look would be to wait: one that is no class makes the sums of its sample NaN.
+bool modality_cross_entropy_forward(Tensors logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> present,
+                                    int64_t ignore_index, double label_smoothing, double eps, Tensor cross_entropy, Tensor joint,
+                                    Tensor information, Tensor weights) {
+  mrf::check::modality_cross_entropy_forward(logits, target, weight, present, label_smoothing, eps, cross_entropy, joint, information,
+                                             weights);
+  mrf::cuda::ModalityCrossEntropy call{};
+  call.cross_entropy = pointer_of(cross_entropy), call.joint = pointer_of(joint);
+  call.information = pointer_of(information), call.weights = pointer_of(weights);
+  modality_cross_entropy(logits, target, weight, present, ignore_index, label_smoothing, eps, dtype_of(joint) == DType::float64, call, {});
+  return false;
+}
+
+void modality_cross_entropy_backward(Tensor to_cross_entropy, Tensor to_joint, Tensor to_information, Tensors logits, Tensor target,
+                                     std::optional<Tensor> weight, std::optional<Tensor> present, int64_t ignore_index,
+                                     double label_smoothing, double eps, Tensors gradients) {
+  mrf::check::modality_cross_entropy_backward(to_cross_entropy, to_joint, to_information, logits, target, weight, present,
+                                              label_smoothing, eps, gradients);
+  mrf::cuda::ModalityCrossEntropy call{};
+  call.to_cross_entropy = pointer_of<double>(to_cross_entropy), call.to_joint = pointer_of<double>(to_joint);
+  call.to_information = pointer_of<double>(to_information);
+  modality_cross_entropy(logits, target, weight, present, ignore_index, label_smoothing, eps, dtype_of(logits[0]) == DType::float64, call,
+                         gradients);
+}
+
 // ---- gradient_statistics ----
 
 void gradient_statistics(const mrf::cuda::GradientStatisticsTables& all, const Tensor& like, double eps,
@@ -168,6 +217,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modreg_fast_native, m) { m.def("cuda_architectures
 STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CUDA, m) {
   m.impl("softmax_fisher_forward", TORCH_BOX(&softmax_fisher_forward));
   m.impl("softmax_fisher_backward", TORCH_BOX(&softmax_fisher_backward));
+  m.impl("modality_cross_entropy_forward", TORCH_BOX(&modality_cross_entropy_forward));
+  m.impl("modality_cross_entropy_backward", TORCH_BOX(&modality_cross_entropy_backward));
   m.impl("gradient_statistics_forward", TORCH_BOX(&gradient_statistics_forward));
   m.impl("gradient_statistics_backward", TORCH_BOX(&gradient_statistics_backward));
 }

@@ -25,9 +25,6 @@ namespace mrf {
 namespace cuda {
 namespace {
 
-template <class T>
-constexpr T kLog2E = T(1.44269504088896340736);
-
 // What stands for a channel that is not there: its exponential is 0, and so is its part of any sum.
 template <class T>
 constexpr T kAbsent = T(-1e38);

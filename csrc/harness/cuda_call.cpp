@@ -13,10 +13,15 @@ std::vector<T> list(const T* x, int64_t count) { return x ? std::vector<T>(x, x 
 extern "C" {
 
 size_t size_of_softmax_fisher() { return sizeof(SoftmaxFisher); }
+size_t size_of_modality_cross_entropy() { return sizeof(ModalityCrossEntropy); }
 size_t size_of_gradient_statistics() { return sizeof(GradientStatistics); }
 
 void plan_softmax_fisher(SoftmaxFisher* call, int backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks,
                          Launch* launch) {
+  *launch = plan(*call, backward != 0, accumulator_bytes, limit, most_blocks);
+}
+void plan_modality_cross_entropy(ModalityCrossEntropy* call, int backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks,
+                                 Launch* launch) {
   *launch = plan(*call, backward != 0, accumulator_bytes, limit, most_blocks);
 }
 void plan_gradient_statistics(GradientStatistics* call, int backward, int64_t accumulator_bytes, int64_t limit,

@@ -41,7 +41,7 @@ _KINDS = {
     "mufu": "MUFU",
     "conversion": "F2F F2FP I2F I2FP F2I F2IP I2I FRND HADD2 HFMA2 HMUL2 HADD2_32",
     "exchange": "SHFL BAR LDS STS LDSM STSM REDUX WARPSYNC",
-    "memory": "LDG STG LDC LDCU ULDC LDL STL",
+    "memory": "LDG LDGSTS STG LDC LDCU ULDC LDL STL",
 }
 KINDS = (*_KINDS, "uniform", "other")
 _KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}

@@ -77,7 +77,7 @@ def modality_cross_entropy(
         present: ``(B, M)`` bool; an absent modality is not read and counts neither for itself nor in the mean.
         channel_dim: dimension of the channels in ``logits``: 1, or -1 for tokens ``(B, N, C)``.
         eps: added to the denominator of the information.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default: the best for the tensors (see :func:`modreg_fast.use_backend`).
+        backend: name of a backend; default: the best for the tensors (see :func:`modreg_fast.use_backend`).
 
     Returns:
         :class:`ModalitySums` ``(cross_entropy (M, B), joint (B,), information (M, B), weights (B,))``, sums over the valid pixels;

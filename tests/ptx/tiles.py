@@ -3,7 +3,7 @@
 import numpy as np
 
 from .access import targets, without_hints
-from .errors import WarpError
+from .errors import Misaligned, WarpError
 from .formats import U32
 from .memory import INITIALIZED
 from .parser import Group
@@ -37,19 +37,32 @@ def copy_async(machine, instruction):
 
     def handler(lanes):
         wanted = np.broadcast_to(read_size(lanes), lanes.size) if read_size else np.full(lanes.size, size)
-        if not np.isin(wanted, (0, size)).all():
-            raise ValueError("cp.async of a part of its size is not there")
+        wanted = wanted.astype(np.int64)
+        if (wanted > size).any():
+            raise ValueError("cp.async of more than its size")
         words = np.zeros((size // 4, lanes.size), np.uint32)  # zeros where nothing is read
-        reading = np.flatnonzero(wanted)
-        places = source(lanes)[reading]
-        machine.request(instruction, "global", places, lanes[reading], size)
-        sources = targets(machine, "global", places, lanes[reading]) if reading.size else ()
-        for target, chosen, owner, offset in sources:
-            some = reading[chosen]
-            where = target.locate(owner, offset, size, lanes[some], write=False)
-            target.on_load(where, size, lanes[some])
-            for k in range(size // 4):
-                words[k, some] = target.load(where + 4 * k, 4)
+        content = words.view(np.uint8).reshape(size // 4, lanes.size, 4)
+        places = source(lanes)
+        some = np.flatnonzero(wanted)
+        machine.request(instruction, "global", places[some], lanes[some], size)
+        misaligned = places[some] % size != 0
+        if misaligned.any():
+            first = int(some[np.argmax(misaligned)])
+            raise Misaligned(f"{size} bytes at {places[first]:#x}", int(lanes[first]))
+        for count in np.unique(wanted[some]):
+            reading = np.flatnonzero(wanted == count)
+            width = int(count & -count)  # whole where all is read, else equal parts, which are aligned
+            for first in range(0, count, width):
+                for target, chosen, owner, offset in targets(machine, "global", places[reading] + first, lanes[reading]):
+                    some = reading[chosen]
+                    where = target.locate(owner, offset, width, lanes[some], write=False)
+                    target.on_load(where, width, lanes[some])
+                    for k in range(first, first + width, 4):
+                        if width >= 4:
+                            words[k // 4, some] = target.load(where + k - first, 4)
+                        else:
+                            for i in range(width):
+                                content[k // 4, some, k % 4 + i] = target.load(where + i, 1)
         places = destination(lanes)
         machine.request(instruction, "shared", places, lanes, size)
         where = machine.shared.locate(machine.block[lanes], places, size, lanes, write=True)

@@ -1,4 +1,4 @@
-"""``modality_cross_entropy`` by the native kernels of the CPU.
+"""``modality_cross_entropy`` by the native kernels, of the CPU or of CUDA, where the tensors are.
 
 Definitions: ``backends/reference/modality_cross_entropy.py``."""
 
@@ -8,13 +8,14 @@ from torch import Tensor
 from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
 from modreg_fast.backends.reference.modality_cross_entropy import Problem, Result
 
-_MOST_MODALITIES = 64
+_MOST_MODALITIES = {"cpu": 64, "cuda": 48}
 
 
 def forward(problem: Problem) -> Result:
-    if len(problem.logits) > _MOST_MODALITIES:
+    device, modalities = problem.logits[0].device.type, len(problem.logits)
+    if modalities > _MOST_MODALITIES[device]:
         raise ValueError(
-            f"modality_cross_entropy: backend 'cpu' takes at most {_MOST_MODALITIES} modalities, got {len(problem.logits)}"
+            f"modality_cross_entropy: backend {device!r} takes at most {_MOST_MODALITIES[device]} modalities, got {modalities}"
         )
     result = problem.empty_result()
     if torch.ops.modreg_fast_native.modality_cross_entropy_forward(*_prepared(problem)[:-1], *result):
@@ -33,9 +34,11 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
 
 
 def _prepared(problem: Problem) -> Problem:
-    """As the kernels read it."""
+    """As the kernels read it; on a GPU all logits in the layout of the first."""
+    first = in_layout(problem.logits[0])
+    layout = layout_of(first) if first.is_cuda else None
     return problem._replace(
-        logits=[in_layout(x) for x in problem.logits],
+        logits=[first, *(in_layout(x, layout) for x in problem.logits[1:])],
         target=problem.target.contiguous(),
         weight=None if problem.weight is None else problem.weight.double().contiguous(),
         present=None if problem.present is None else problem.present.contiguous(),

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from modreg_fast.backends.cpu import gradient_statistics, softmax_fisher
+from modreg_fast.backends.cpu import gradient_statistics, modality_cross_entropy, softmax_fisher
 from modreg_fast.backends.cpu import status as native_status
 
-__all__ = ["gradient_statistics", "softmax_fisher", "status"]
+__all__ = ["gradient_statistics", "modality_cross_entropy", "softmax_fisher", "status"]
 
 
 def status() -> tuple[bool, str]:
