@@ -8,6 +8,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MOST_SIGNATURES = 1024
+_accepted: set[tuple[object, ...]] = set()
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -48,6 +52,42 @@ def one_of(x: object, options: Sequence[str], function: str, argument: str) -> N
     if x not in options:
         *others, last = map(repr, options)
         fail(function, argument, f"{', '.join(others)} or {last}", repr(x))
+
+
+def signature(call: object, channel_dim: object, *rows: object) -> tuple[object, ...] | None:
+    """What the checks of rows of tensors look at, of a kind of call, for :func:`accepted`.
+
+    None where it may not be remembered: with anything but plain tensors; under tracing and transforms, where sizes may be symbols; with
+    tensors of inference mode, which a check replaces by copies."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or type(channel_dim) is not int
+    ):
+        return None
+    seen: list[object] = [call, channel_dim]
+    for row in rows:
+        if type(row) is not list and type(row) is not tuple:
+            return None
+        for x in row:
+            if type(x) not in _PLAIN or x.is_nested or x.is_inference():
+                return None
+            seen += x.shape, x.dtype, x.device, x.layout
+        seen.append(None)  # the end of a row
+    return tuple(seen)
+
+
+def accepted(signature: tuple[object, ...] | None) -> bool:
+    """Whether tensors like these have passed their checks before."""
+    return signature in _accepted
+
+
+def accept(signature: tuple[object, ...] | None) -> None:
+    if signature is not None:
+        if len(_accepted) >= _MOST_SIGNATURES:
+            _accepted.clear()
+        _accepted.add(signature)
 
 
 def sequence(x: object, function: str, argument: str) -> Sequence:  # type: ignore[type-arg]

@@ -72,6 +72,39 @@ def gradient_statistics(
         torch.Size([1, 2])
     """
     function = "gradient_statistics"
+    grads, features, values = _checked(grads, features, values, channel_dim, function)
+    batch, device = grads[0].shape[0], grads[0].device
+    masks = []
+    if mask is not None:
+        masks = scale_masks(mask, [spatial_shape(g, channel_dim) for g in grads], batch, device, function)
+    validate.number(eps, function, "eps")
+    # No kernel runs over nothing.
+    name = resolve(backend, grads[0], function, "gradient_statistics") if batch else "reference"
+    problem = Problem(list(grads), list(features or ()), list(values or ()), masks, float(eps), maps, channel_dim)
+    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
+
+    def shaped(maps: list[Tensor]) -> list[Tensor]:
+        return [x.reshape(batch, *spatial_shape(g, channel_dim)) for x, g in zip(maps, grads, strict=True)]
+
+    return GradientStatistics(
+        fisher if values else None,
+        attribution if features else None,
+        shaped(fisher_maps) if maps and values else None,
+        shaped(attribution_maps) if maps and features else None,
+    )
+
+
+_Tensors = Sequence[Tensor]
+
+
+def _checked(
+    grads: _Tensors, features: _Tensors | None, values: _Tensors | None, channel_dim: int, function: str
+) -> tuple[_Tensors, _Tensors | None, _Tensors | None]:
+    """The same; of gradient and feature of a tensor, both in the dtype that theirs promote to."""
+    given = [x for x in (grads, features, values) if x is not None]
+    signature = validate.signature((function, features is None, values is None), channel_dim, *given)
+    if validate.accepted(signature):
+        return grads, features, values
     grads = validate.sequence(grads, function, "grads")
     if features is None and values is None:
         validate.fail(function, "features or values", "given", "neither")
@@ -82,7 +115,6 @@ def gradient_statistics(
             validate.fail(
                 function, f"grads[{k}]", f"of batch size {batch} on {device} like grads[0]", f"{g.shape[0]} on {g.device}"
             )
-    spatial = [spatial_shape(g, channel_dim) for g in grads]
 
     checked_features: list[Tensor] = []
     if features is not None:
@@ -97,25 +129,15 @@ def gradient_statistics(
         _same_length(values, grads, function, "values")
         for k, f in enumerate(values):
             f = validate.tensor(f, function, f"values[{k}]")
-            if tuple(f.shape) != (batch, *spatial[k]) or f.device != device:
-                validate.fail(
-                    function, f"values[{k}]", f"of shape {(batch, *spatial[k])} on {device}", f"{validate.shape(f)} on {f.device}"
-                )
+            expected = (batch, *spatial_shape(grads[k], channel_dim))
+            if tuple(f.shape) != expected or f.device != device:
+                validate.fail(function, f"values[{k}]", f"of shape {expected} on {device}", f"{validate.shape(f)} on {f.device}")
             checked_values.append(f)
 
-    masks = [] if mask is None else scale_masks(mask, spatial, batch, device, function)
-    validate.number(eps, function, "eps")
-    name = (
-        resolve(backend, checked_grads[0], function, "gradient_statistics") if batch else "reference"
-    )  # no kernel runs over nothing
-    problem = Problem(checked_grads, checked_features, checked_values, masks, float(eps), maps, channel_dim)
-    fisher, attribution, fisher_maps, attribution_maps = ops.gradient_statistics(problem, name)
-    return GradientStatistics(
-        fisher if checked_values else None,
-        attribution if checked_features else None,
-        [x.reshape(batch, *spatial[k]) for k, x in enumerate(fisher_maps)] if maps and checked_values else None,
-        [x.reshape(batch, *spatial[k]) for k, x in enumerate(attribution_maps)] if maps and checked_features else None,
-    )
+    checked = [*checked_grads, *checked_features, *checked_values]
+    if all(a is b for a, b in zip(checked, [x for row in given for x in row], strict=True)):
+        validate.accept(signature)
+    return checked_grads, None if features is None else checked_features, None if values is None else checked_values
 
 
 def _same_length(x: object, grads: Sequence[Tensor], function: str, argument: str) -> None:

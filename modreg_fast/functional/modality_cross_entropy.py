@@ -114,19 +114,8 @@ def modality_sums(
     names: Sequence[str] | None = None,
 ) -> ModalitySums:
     """:func:`modality_cross_entropy`. ``names``: of the modalities, for messages."""
-    logits = validate.sequence(logits, function, "logits")
-    labels = [f"logits[{m if names is None else names[m]!r}]" for m in range(len(logits))]
-    checked = [validate.feature(x, function, label, channel_dim) for label, x in zip(labels, logits, strict=True)]
-    for label, x in zip(labels, logits, strict=True):
-        validate.same(x, logits[0], function, label, labels[0])
-    checked = validate.promoted(checked)
+    checked, target = _checked(logits, target, channel_dim, function, names)
     batch, classes, device = len(checked[0]), checked[0].shape[channel_dim], checked[0].device
-
-    target = validate.tensor(target, function, "target", dtypes=_INTEGERS)
-    spatial = (batch, *spatial_shape(logits[0], channel_dim))
-    if tuple(target.shape) != spatial or target.device != device:
-        got = f"{validate.shape(target)} on {target.device}"
-        validate.fail(function, "target", f"of shape {spatial} on {device} like {labels[0]} without its channels", got)
     if target.dtype in _INTEGERS[5:]:  # of which PyTorch can do little
         target = target.to(torch.int64)
     if weight is not None:
@@ -151,3 +140,26 @@ def modality_sums(
         message = f"{function}: target must be a class in [0, {classes}) or ignore_index ({ignore_index}), and weight not NaN"
         torch._assert_async((sums.weights >= 0).all(), message)
     return sums
+
+
+def _checked(
+    logits: Sequence[Tensor], target: Tensor, channel_dim: int, function: str, names: Sequence[str] | None
+) -> tuple[list[Tensor], Tensor]:
+    """The logits, of one dtype, and the target."""
+    signature = validate.signature(function, channel_dim, logits, [target])
+    if validate.accepted(signature):
+        return list(logits), target
+    logits = validate.sequence(logits, function, "logits")
+    labels = [f"logits[{m if names is None else names[m]!r}]" for m in range(len(logits))]
+    checked = [validate.feature(x, function, label, channel_dim) for label, x in zip(labels, logits, strict=True)]
+    for label, x in zip(labels, logits, strict=True):
+        validate.same(x, logits[0], function, label, labels[0])
+    checked = validate.promoted(checked)
+    checked_target = validate.tensor(target, function, "target", dtypes=_INTEGERS)
+    spatial = (len(checked[0]), *spatial_shape(logits[0], channel_dim))
+    if tuple(checked_target.shape) != spatial or checked_target.device != checked[0].device:
+        expected = f"of shape {spatial} on {checked[0].device} like {labels[0]} without its channels"
+        validate.fail(function, "target", expected, f"{validate.shape(checked_target)} on {checked_target.device}")
+    if checked_target is target and all(a is b for a, b in zip(checked, logits, strict=True)):
+        validate.accept(signature)
+    return checked, checked_target

@@ -92,6 +92,33 @@ def softmax_fisher_with_counts(
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`softmax_fisher_information` and the number of valid pixels ``(S, B)``. ``names``: of the modalities, for messages."""
+    features = _checked(features, channel_dim, function, names)
+    modalities, first = len(features), features[0][0]
+    device, batch = first.device, first.shape[0]
+    masks = (
+        [] if mask is None else scale_masks(mask, [spatial_shape(x, channel_dim) for x in features[0]], batch, device, function)
+    )
+    if present is not None:
+        present = validate.present(present, batch, modalities, device, function)
+    sigmas = _sigmas(sigma, modalities, function)
+    validate.positive_integer(samples, function, "samples")
+    validate.number(eps, function, "eps")
+    noise_seed = _draw_seed(seed, generator, device, function) if any(sigmas) else None
+    if noise_seed is None:
+        samples = 1  # without noise every draw is the same
+    name = resolve(backend, first, function, "softmax_fisher") if batch else "reference"  # no kernel runs over nothing
+    flat = [x for row in features for x in row]
+    problem = Problem(flat, masks, present, sigmas, samples, noise_seed, detach_reference, float(eps), channel_dim)
+    return ops.softmax_fisher(problem, name)
+
+
+def _checked(
+    features: Sequence[Sequence[Tensor]], channel_dim: int, function: str, names: Sequence[str] | None
+) -> Sequence[Sequence[Tensor]]:
+    """The features, of one dtype at a scale."""
+    signature = validate.signature(function, channel_dim, *features) if isinstance(features, list | tuple) else None
+    if validate.accepted(signature):
+        return features
     modalities = len(validate.sequence(features, function, "features"))
     labels = [f"features[{m}]" for m in range(modalities)] if names is None else [f"features[{name!r}]" for name in names]
     features = [validate.sequence(row, function, label) for label, row in zip(labels, features, strict=True)]
@@ -117,30 +144,10 @@ def softmax_fisher_with_counts(
                 f"of batch size {batch} on {device} like the first scale",
                 f"{xs[0].shape[0]} on {xs[0].device}",
             )
-    masks = (
-        [] if mask is None else scale_masks(mask, [spatial_shape(x, channel_dim) for x in features[0]], batch, device, function)
-    )
-    if present is not None:
-        present = validate.present(present, batch, modalities, device, function)
-    sigmas = _sigmas(sigma, modalities, function)
-    validate.positive_integer(samples, function, "samples")
-    validate.number(eps, function, "eps")
-    noise_seed = _draw_seed(seed, generator, device, function) if any(s > 0 for s in sigmas) else None
-    if noise_seed is None:
-        samples = 1  # without noise every draw is the same
-    name = resolve(backend, by_scale[0][0], function, "softmax_fisher") if batch else "reference"  # no kernel runs over nothing
-    problem = Problem(
-        [xs[m] for m in range(modalities) for xs in by_scale],
-        masks,
-        present,
-        sigmas,
-        samples,
-        noise_seed,
-        detach_reference,
-        float(eps),
-        channel_dim,
-    )
-    return ops.softmax_fisher(problem, name)
+    checked = [list(row) for row in zip(*by_scale, strict=True)]
+    if all(a is b for row, given in zip(checked, features, strict=True) for a, b in zip(row, given, strict=True)):
+        validate.accept(signature)
+    return checked
 
 
 def _sigmas(sigma: float | Sequence[float], modalities: int, function: str) -> list[float]:
