@@ -14,24 +14,31 @@ def flattened(values: Sequence[Any]) -> tuple[list[Tensor], Form]:
     tensors: list[Tensor] = []
     form: Form = []
     for value in values:
-        if isinstance(value, Tensor):
+        if type(value) is list:
+            if value and isinstance(value[0], Tensor):
+                tensors += value
+                value = (Tensor, len(value))
+        elif isinstance(value, Tensor):
             tensors.append(value)
-            form.append(Tensor)
-        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-            tensors += value
-            form.append((Tensor, len(value)))
-        else:
-            form.append(value)
+            value = Tensor
+        form.append(value)
     return tensors, form
 
 
 def restored(tensors: Sequence[Any], form: Form) -> list[Any]:
     """The values that :func:`flattened` took apart, with other tensors."""
-    rest = iter(tensors)
-    return [
-        next(rest) if part is Tensor else [next(rest) for _ in range(part[1])] if isinstance(part, tuple) else part
-        for part in form
-    ]
+    values: list[Any] = []
+    at = 0
+    for part in form:
+        if part is Tensor:
+            part = tensors[at]
+            at += 1
+        elif type(part) is tuple:
+            end = at + part[1]
+            part = list(tensors[at:end])
+            at = end
+        values.append(part)
+    return values
 
 
 def gradients_of(tensors: Sequence[Tensor | None], form: Form) -> tuple[Any, ...]:
@@ -44,12 +51,13 @@ def laid_out_like(gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]
     """The gradients with the strides of ``torch.empty_like(input)``, as the fake kernels promise; copies only where they differ."""
 
     def laid_out(gradient: Tensor, x: Tensor) -> Tensor:
-        if gradient.is_contiguous() and x.is_contiguous() or gradient.stride() == x.stride():
-            return gradient
         wanted = torch.empty_like(x, device="meta").stride()
         return gradient if gradient.stride() == wanted else torch.empty_like(x).copy_(gradient)
 
-    return [laid_out(gradient, x) for gradient, x in zip(gradients, inputs, strict=True)]
+    return [
+        g if g.is_contiguous() and x.is_contiguous() or g.stride() == x.stride() else laid_out(g, x)
+        for g, x in zip(gradients, inputs, strict=True)
+    ]
 
 
 def vector_jacobian_product(

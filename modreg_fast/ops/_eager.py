@@ -33,20 +33,30 @@ def is_seen(tensors: list[Tensor]) -> bool:
     )
 
 
+class _Call:
+    """What the Functions need beside the tensors. ``form``: of the problem; the forward pass adds that of the differentiable results, and
+    the other results."""
+
+    __slots__ = ("backend", "form", "op", "others", "output_form")
+
+    output_form: Form
+    others: Any
+
+    def __init__(self, op: "Op", backend: str, form: Form) -> None:
+        self.op, self.backend, self.form = op, backend, form
+
+
 class _Forward(Function):
-    """The differentiable results of a problem, flat. ``tensors`` and ``form``: the problem, flattened; ``beside`` receives the form of the
-    outputs, and the other results."""
+    """The differentiable results of a problem, flat. ``tensors``: those of the problem, for autograd."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: "Op", problem: Any, backend: str, form: Form, beside: list[Any], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        result = op.run(problem, backend)
-        outputs, output_form = flattened(result[: op.upstream])
-        beside += output_form, result[op.upstream :]
-        ctx.save_for_backward(*(result[i] for i in op.kept), *tensors)
-        ctx.op, ctx.backend, ctx.form = op, backend, output_form + [Tensor] * len(op.kept) + form
-        ctx.tensors = len(tensors)
+    def forward(ctx: Any, call: _Call, problem: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        op = call.op
+        result = op.run(problem, call.backend)
+        outputs, call.output_form = flattened(result[: op.upstream])
+        call.others = result[op.upstream :]
+        ctx.save_for_backward(*[result[i] for i in op.kept], *tensors)
+        ctx.op, ctx.backend, ctx.form = op, call.backend, call.output_form + [Tensor] * len(op.kept) + call.form
         return tuple(outputs)
 
     @staticmethod
@@ -56,7 +66,8 @@ class _Forward(Function):
             gradients = _Backward.apply(ctx.op, ctx.backend, ctx.form, *inputs)
         else:
             gradients = ctx.op.run_backward(restored(inputs, ctx.form), ctx.backend)
-        return *[None] * 5, *gradients, *[None] * (ctx.tensors - len(gradients))
+        # The inputs: call and problem, then those that have a gradient, then the others.
+        return None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 2 - len(gradients))
 
 
 class _Backward(Function):
@@ -75,9 +86,8 @@ class _Backward(Function):
 
 def call(op: "Op", problem: Any, backend: str, tensors: list[Tensor], form: Form) -> Any:
     """The result of a problem, flattened to ``tensors`` and ``form``."""
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+    if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):  # a list: a generator takes longer
         return op.run(problem, backend)
-    beside: list[Any] = []
-    outputs = _Forward.apply(op, problem, backend, form, beside, *tensors)
-    output_form, others = beside
-    return op.reference.Result(*restored(outputs, output_form), *others)
+    made = _Call(op, backend, form)
+    outputs = _Forward.apply(made, problem, *tensors)
+    return op.reference.Result(*restored(outputs, made.output_form), *made.others)

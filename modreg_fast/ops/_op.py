@@ -1,6 +1,6 @@
 """An op, made from its definition in ``backends/reference/<stem>.py``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -50,17 +50,20 @@ class Op:
         last = [*(f"{kind} {name}" for name, kind in inputs.items()), "str backend"]
         first = [f"{outputs[name]} grad_{name}" for name in reference.DIFFERENTIABLE_RESULTS]
         first += [f"{outputs[name]} {name}" for name in reference.KEPT_RESULTS]
-        name = f"modreg_fast::{self.stem}"
-        forward = torch.library.custom_op(
-            name, self._forward, mutates_args=(), schema=f"({', '.join(last)}) -> ({', '.join(outputs.values())})"
+        _register(
+            self.stem,
+            f"({', '.join(last)}) -> ({', '.join(outputs.values())})",
+            self._forward,
+            lambda *inputs: tuple(reference.Problem(*inputs[:-1]).flat().empty_result()),
+            (self._gradients, self._keep),
         )
-        forward.register_fake(lambda *inputs: tuple(reference.Problem(*inputs[:-1]).flat().empty_result()))
-        forward.register_autograd(self._gradients, setup_context=self._keep)
-        backward = torch.library.custom_op(
-            f"{name}_backward", self._backward, mutates_args=(), schema=f"({', '.join(first + last)}) -> Tensor[]"
+        _register(
+            f"{self.stem}_backward",
+            f"({', '.join(first + last)}) -> Tensor[]",
+            self._backward,
+            lambda *inputs: [torch.empty_like(x) for x in self._differentiable(self._parted(inputs)[2])],
+            (self._second_gradients, self._keep_all),
         )
-        backward.register_fake(lambda *inputs: [torch.empty_like(x) for x in self._differentiable(self._parted(inputs)[2])])
-        backward.register_autograd(self._second_gradients, setup_context=self._keep_all)
         self.custom, self.custom_backward = (getattr(torch.ops.modreg_fast, self.stem + end).default for end in ("", "_backward"))
 
     def __call__(self, problem: Any, backend: str) -> Any:
@@ -131,6 +134,18 @@ class Op:
 
     def _second_gradients(self, ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
         return gradients_of(self.second_gradients(ctx.saved_tensors, ctx.form, upstream), ctx.form)
+
+
+def _register(
+    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: tuple[Callable[..., Any], ...]
+) -> None:
+    """Piece by piece: the wrapper that ``torch.library.custom_op`` puts around a kernel takes as long as a tenth of a small call."""
+    name = f"modreg_fast::{name}"
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default")(kernel)
+    torch.library.register_fake(name)(fake)
+    gradients, keep = autograd
+    torch.library.register_autograd(name, gradients, setup_context=keep)
 
 
 def _schema_types(fields: type) -> dict[str, str]:
