@@ -3,6 +3,7 @@ copied once."""
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Layout = Literal["pixels", "channels"]
@@ -39,6 +40,11 @@ def in_layout(x: Tensor, layout: Layout | None = None) -> Tensor:
     if own is not None and layout in (None, own):
         return x
     return empty_in_layout(x, layout or layout_of(x.contiguous())).copy_(x)
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Memory for the gradient of ``x`` ``(B, C, P)``: dense, in its layout."""
+    return torch.empty_like(x) if x.is_contiguous() else empty_in_layout(x, layout_of(x))
 
 
 def empty_in_layout(x: Tensor, layout: Layout | None) -> Tensor:

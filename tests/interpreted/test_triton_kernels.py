@@ -302,3 +302,45 @@ def test_too_many_channels():
         softmax_fisher_information([[x], [x]], backend="triton")
     with pytest.raises(ValueError, match="modality_cross_entropy: backend 'triton' takes at most 65536 channels, got 65537"):
         modality_cross_entropy([x], torch.zeros(1, 1, dtype=torch.int64), backend="triton")
+
+
+def test_plans_are_those_of_the_shapes_and_strides_alone():
+    """What a call hands to the kernels after calls of all other kinds, is what it hands to them as the first."""
+    x = torch.randn(2, 8, 64)
+    kinds = {
+        "pixels": x,
+        "channels": LAYOUTS["channels"](x),
+        "strided rows": torch.randn(2, 8, 70)[..., :64],
+        "strided samples": torch.randn(4, 8, 64)[::2],
+        "neither": torch.randn(2, 8, 128)[..., ::2],
+        "bfloat16": x.bfloat16(),
+        "float64": x.double(),
+        "another shape": torch.randn(2, 16, 32),
+        "one pixel": torch.randn(8, 128, 1),
+    }
+
+    def handed(x, y, sigma=0.0):
+        problem = fisher.Problem([x, y], [], None, [sigma, 0.0], 1, torch.tensor(3), False, EPS)
+        result, found = fisher.forward_launches(problem)
+        found += fisher.backward_launches(problem, result, result)[1]
+        for options in (([x], [y], []), ([x], [], [x[:, 0]]), ([x], [y], [x[:, 0]])):
+            problem = statistics.Problem(*options, [], EPS, True)
+            result, more = statistics.forward_launches(problem)
+            found += more + statistics.backward_launches(problem, result, result)[1]
+
+        def plain(value):
+            if isinstance(value, torch.Tensor):
+                return value.shape, value.stride(), value.dtype
+            return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+        return [(f.kernel, f.programs, f.threads, plain(f.arguments), f.constants) for f in found]
+
+    calls = [(x, y) for x in kinds.values() for y in kinds.values() if x.shape == y.shape and x.dtype == y.dtype]
+    expected = []
+    for sigma in (0.0, 0.5):
+        for x, y in calls:
+            launches._plans.clear()
+            expected.append(handed(x, y, sigma))
+    launches._plans.clear()
+    for _ in range(2):
+        assert [handed(x, y, sigma) for sigma in (0.0, 0.5) for x, y in calls] == expected

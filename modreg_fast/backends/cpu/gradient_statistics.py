@@ -5,7 +5,7 @@ Definitions: ``backends/reference/gradient_statistics.py``."""
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
+from modreg_fast.backends.layout import empty_gradient, in_layout, layout_of
 from modreg_fast.backends.reference.gradient_statistics import Problem, Result
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 
@@ -16,7 +16,8 @@ def _prepared(problem: Problem) -> Problem:
     if grads[0].is_cuda and problem.dtype == torch.float64:  # one accumulation type per launch
         grads, features = ([x.double() for x in tensors] for tensors in (grads, features))
     grads = [in_layout(g) for g in grads]
-    features = [in_layout(e, layout_of(g)) for g, e in zip(grads, features, strict=True)] if features else []
+    if features and not all([x.is_contiguous() for x in (*grads, *features)]):
+        features = [in_layout(e, layout_of(g)) for g, e in zip(grads, features, strict=True)]
     values, masks = _narrowed(values, grads), [m.contiguous() for m in masks]
     return problem._replace(grads=grads, features=features, values=values, masks=masks)
 
@@ -46,7 +47,7 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         fisher_weight = torch.stack([u / count for u, count in zip(fisher_weight, counts, strict=True)])
     attribution = result.attribution.double()
     attribution_weight = torch.where(attribution == 0, 0, upstream.attribution.double() / (2 * attribution))
-    to_grads, to_features = ([empty_in_layout(x, layout_of(x)) for x in tensors] for tensors in (grads, features))
+    to_grads, to_features = ([empty_gradient(x) for x in tensors] for tensors in (grads, features))
     to_values = [torch.empty_like(f) for f in values]
     torch.ops.modreg_fast_native.gradient_statistics_backward(
         fisher_weight.contiguous(),

@@ -5,7 +5,7 @@ Definitions: ``backends/reference/modality_cross_entropy.py``."""
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
+from modreg_fast.backends.layout import empty_gradient, in_layout, layout_of
 from modreg_fast.backends.reference.modality_cross_entropy import Problem, Result
 
 _MOST_MODALITIES = {"cpu": 64, "cuda": 48}
@@ -27,7 +27,7 @@ def forward(problem: Problem) -> Result:
 
 def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
     problem = _prepared(problem)
-    gradients = [empty_in_layout(x, layout_of(x)) for x in problem.logits]
+    gradients = [empty_gradient(x) for x in problem.logits]
     above = [x.double().contiguous() for x in upstream[:3]]
     torch.ops.modreg_fast_native.modality_cross_entropy_backward(*above, *problem[:-1], gradients)
     return gradients

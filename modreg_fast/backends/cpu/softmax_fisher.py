@@ -5,7 +5,7 @@ Definitions: ``backends/reference/softmax_fisher.py``."""
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.layout import empty_in_layout, in_layout, layout_of
+from modreg_fast.backends.layout import empty_gradient, in_layout
 from modreg_fast.backends.reference.softmax_fisher import Problem, Result
 
 _MOST_MODALITIES = {"cpu": 64, "cuda": 48}
@@ -26,7 +26,7 @@ def forward(problem: Problem) -> Result:
 
 def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
     inputs = features, masks, _ = _inputs(problem)
-    gradients = [torch.empty_like(x) if x.is_contiguous() else empty_in_layout(x, layout_of(x)) for x in features]
+    gradients = [empty_gradient(x) for x in features]
     draws = result.counts.clamp(min=1) if masks else result.counts
     if problem.samples > 1:
         draws = draws * problem.samples

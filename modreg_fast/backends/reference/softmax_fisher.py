@@ -23,7 +23,7 @@ from modreg_fast.backends.reference.philox import standard_normal
 
 def accumulation_dtype(tensors: list[Tensor]) -> torch.dtype:
     """float64 where any input is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 class Problem(NamedTuple):

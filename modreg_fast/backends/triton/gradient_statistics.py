@@ -9,14 +9,14 @@ so from the cache. A second, small kernel adds up the tiles in order; with masks
 Work: a program goes over the channels of a tile of pixels of one tensor in steps of ``block_c``. Channels meet only in sums, which
 every element of the tile keeps for itself up to the end. Sizes: ``_shape``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modreg_fast.backends.layout import empty_in_layout, layout_of
+from modreg_fast.backends.layout import empty_gradient
 from modreg_fast.backends.reference.gradient_statistics import Problem, Result
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype
 from modreg_fast.backends.triton import launches
@@ -236,92 +236,100 @@ def _shape(tensors: list[Tensor], dtype: torch.dtype, twice: bool) -> Shape:
     return Shape(channels, last, vector, launches.far(tensors), dtype == torch.float64, block_c, block_p)
 
 
-def _prepared(problem: Problem, twice: bool) -> tuple[list[list[Tensor]], tuple[Shape, ...], tuple[Any, ...]]:
-    """Gradient and feature of every tensor as the kernels read them, the shapes, and the arguments that the large kernels share."""
-    grads, features, values, masks, eps, *_ = problem
-    launches.check_pixels(grads, "gradient_statistics")
-    pairs = [launches.in_one_layout([g, *features[k : k + 1]]) for k, g in enumerate(grads)]
+class _Plan(NamedTuple):
+    """What shapes and strides decide."""
+
+    in_place: bool  # gradients and features are read where they are, else copied
+    shapes: tuple[Shape, ...]
+    programs: int
+    strides: tuple[Any, ...]
+    output_strides: tuple[Any, ...]
+    pixels: tuple[int, ...]
+
+
+def _plan(problem: Problem, twice: bool) -> _Plan:
+    launches.check_pixels(problem.grads, "gradient_statistics")
+    pairs, values = _pairs(problem), problem.values
     shapes = [_shape(pair, accumulation_dtype([*pair, *values[k : k + 1]]), twice) for k, pair in enumerate(pairs)]
-    arguments = (
-        tuple(pair[0] for pair in pairs),
-        tuple(pair[1] for pair in pairs if len(pair) > 1),
-        tuple(f.contiguous() for f in values),
-        tuple(m.contiguous() for m in masks),
+    outputs = [empty_gradient(pair[0]) for pair in pairs]
+    given = [[g, *problem.features[k : k + 1]] for k, g in enumerate(problem.grads)]
+    return _Plan(
+        all(a is b for pair, tensors in zip(pairs, given, strict=True) for a, b in zip(pair, tensors, strict=True)),
+        tuple(shapes),
+        sum(shape.programs(pair[0]) for shape, pair in zip(shapes, pairs, strict=True)),
         tuple(launches.strides(pair, shape) for pair, shape in zip(pairs, shapes, strict=True)),
+        tuple(launches.strides([x], shape)[0] for x, shape in zip(outputs, shapes, strict=True)),
+        tuple(pair[0].shape[2] for pair in pairs),
+    )
+
+
+def _pairs(problem: Problem) -> list[list[Tensor]]:
+    """Gradient and feature of every tensor as the kernels read them."""
+    return [launches.in_one_layout([g, *problem.features[k : k + 1]]) for k, g in enumerate(problem.grads)]
+
+
+def _prepared(problem: Problem, twice: bool) -> tuple[list[Tensor], list[Tensor], _Plan, tuple[Any, ...]]:
+    """Gradients and features as the kernels read them, the plan, and the arguments that the large kernels share."""
+    grads, features, values, masks, eps, *_ = problem
+    signature = ("gradient_statistics", twice, *map(launches.signature, (grads, features, values)))
+    plan = launches.planned(signature, lambda: _plan(problem, twice))
+    if not plan.in_place:
+        pairs = _pairs(problem)
+        grads, features = [pair[0] for pair in pairs], [pair[1] for pair in pairs if len(pair) > 1]
+    arguments = (
+        tuple(grads),
+        tuple(features),
+        tuple([f.contiguous() for f in values]),
+        tuple([m.contiguous() for m in masks]),
+        plan.strides,
         launches.two_floats(eps),
-        tuple(g.shape[2] for g in grads),
+        plan.pixels,
         problem.batch,
     )
-    return pairs, tuple(shapes), arguments
+    return grads, features, plan, arguments
 
 
 def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
     """The result of ``forward``, and the launches that fill it."""
-    grads = problem.grads
-    _, shapes, shared = _prepared(problem, False)
-    pixels, batch = shared[6:8]
-    programs = sum(shape.programs(g) for shape, g in zip(shapes, grads, strict=True))
-    result = problem.empty_result()
+    grads, _, plan, shared = _prepared(problem, False)
+    result, device = problem.empty_result(), grads[0].device
     # The sums of the tiles, of the statistics that have their input.
-    partial_fisher = result.fisher.new_empty(programs) if problem.values else None
-    partial_attribution = result.attribution.new_empty(programs) if problem.features else None
-    partial_counts = result.fisher.new_empty(programs, dtype=torch.int32) if problem.masks else None
+    partial_fisher = result.fisher.new_empty(plan.programs) if problem.values else None
+    partial_attribution = result.attribution.new_empty(plan.programs) if problem.features else None
+    partial_counts = result.fisher.new_empty(plan.programs, dtype=torch.int32) if problem.masks else None
     partial = (partial_fisher, partial_attribution, partial_counts)
-    main = Launch(
-        _forward_kernel,
-        grads[0].device,
-        programs,
-        _THREADS,
-        (*shared, tuple(result.fisher_maps), tuple(result.attribution_maps), *partial),
-        {"SHAPES": shapes},
-    )
-    reduction = Launch(
-        _reduce_kernel,
-        main.device,
-        len(grads) * batch,
-        _THREADS,
-        (*partial, pixels, batch, result.fisher, result.attribution),
-        {"SHAPES": shapes, "BLOCK": 1024},
-    )
-    return result, [main, reduction]
+    maps = (tuple(result.fisher_maps), tuple(result.attribution_maps))
+    sums = (*partial, *shared[-2:], result.fisher, result.attribution)
+    constants, reduced = {"SHAPES": plan.shapes}, {"SHAPES": plan.shapes, "BLOCK": 1024}
+    return result, [
+        Launch(_forward_kernel, device, plan.programs, _THREADS, (*shared, *maps, *partial), constants),
+        Launch(_reduce_kernel, device, len(grads) * problem.batch, _THREADS, sums, reduced),
+    ]
 
 
 def backward_launches(problem: Problem, result: Result, upstream: Result) -> tuple[list[Tensor], list[Launch]]:
     """The gradients of ``backward``, and the launches that fill them."""
-    grads, values, masks = problem.grads, problem.values, problem.masks
-    pairs, shapes, shared = _prepared(problem, bool(upstream.attribution_maps))
-    pixels, batch = shared[6:8]
-    outputs = [[empty_in_layout(x, layout_of(x)) for x in pair] for pair in pairs]
-    to_grads, to_features = [pair[0] for pair in outputs], [pair[1] for pair in outputs if len(pair) > 1]
-    to_values = [f.new_empty(f.shape) for f in values]
-    output_strides = tuple(launches.strides(pair[:1], shape)[0] for pair, shape in zip(outputs, shapes, strict=True))
-    counts = upstream.fisher.new_empty((len(grads), batch), dtype=torch.int32) if masks and values else None
-    main = Launch(
-        _backward_kernel,
-        grads[0].device,
-        sum(shape.programs(g) for shape, g in zip(shapes, grads, strict=True)),
-        _THREADS,
-        (
-            *shared,
-            upstream.fisher.contiguous(),
-            upstream.attribution.contiguous(),
-            tuple(x.contiguous() for x in upstream.fisher_maps),
-            tuple(x.contiguous() for x in upstream.attribution_maps),
-            result.attribution.contiguous(),
-            counts,
-            tuple(to_grads),
-            tuple(to_features),
-            tuple(to_values),
-            output_strides,
-        ),
-        {"SHAPES": shapes},
+    grads, features, plan, shared = _prepared(problem, bool(upstream.attribution_maps))
+    device, counts = grads[0].device, None
+    to_grads, to_features = ([empty_gradient(x) for x in tensors] for tensors in (grads, features))
+    to_values = [f.new_empty(f.shape) for f in problem.values]
+    queued = []
+    if problem.masks and problem.values:
+        counts = upstream.fisher.new_empty((len(grads), problem.batch), dtype=torch.int32)
+        constants = {"SHAPES": plan.shapes, "BLOCK": 4096}
+        arguments = (shared[3], *shared[-2:], counts)
+        queued.append(Launch(_count_kernel, device, counts.numel(), _THREADS, arguments, constants))
+    above = (
+        upstream.fisher.contiguous(),
+        upstream.attribution.contiguous(),
+        tuple([x.contiguous() for x in upstream.fisher_maps]),
+        tuple([x.contiguous() for x in upstream.attribution_maps]),
+        result.attribution.contiguous(),
+        counts,
     )
-    gradients = [*to_grads, *to_features, *to_values]
-    if counts is None:
-        return gradients, [main]
-    constants = {"SHAPES": shapes, "BLOCK": 4096}
-    counting = Launch(_count_kernel, main.device, counts.numel(), _THREADS, (shared[3], pixels, batch, counts), constants)
-    return gradients, [counting, main]
+    written = (tuple(to_grads), tuple(to_features), tuple(to_values), plan.output_strides)
+    queued.append(Launch(_backward_kernel, device, plan.programs, _THREADS, (*shared, *above, *written), {"SHAPES": plan.shapes}))
+    return [*to_grads, *to_features, *to_values], queued
 
 
 def forward(problem: Problem) -> Result:

@@ -1,10 +1,10 @@
 """What the ops share on the host: the layout of tensors, the constants that kernels are compiled for, and launches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from modreg_fast.backends.layout import Layout, in_layout, layout_of
 
 Results = TypeVar("Results")
+Plan = TypeVar("Plan")
 
 LOAD_BYTES = 16  # the widest load of a thread
 SECTOR_BYTES = 32  # what memory delivers at least
@@ -65,6 +66,24 @@ class Launch:
         # Products are rounded together with the sums they go into: said, because versions of Triton have different defaults.
         options = {"num_warps": self.threads // warp_size, "enable_fp_fusion": True}
         return {**options, "maxnreg": self.registers} if limited else options
+
+
+_MOST_PLANS = 1024
+_plans: dict[Any, Any] = {}
+
+
+def planned(signature: tuple[Any, ...], plan: Callable[[], Plan]) -> Plan:
+    """The plan of all calls of a signature, made for the first. It holds no tensors, and depends on nothing but the signature."""
+    found = _plans.get(signature)
+    if found is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        found = _plans[signature] = plan()
+    return found
+
+
+def signature(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple([(x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 def run(results: Results, launches: Sequence[Launch]) -> Results:
@@ -125,6 +144,7 @@ def strides(tensors: Sequence[Tensor], shape: Shape) -> tuple[tuple[int, int], .
     return tuple((sample // shape.vector, row // shape.vector) for sample, row in map(_strides, tensors))
 
 
+@lru_cache(1024)
 def two_floats(x: float) -> tuple[float, float]:
     """Triton passes numbers as float32; the sum of two holds the digits that float64 arithmetic needs."""
     high = float(torch.tensor(x, dtype=torch.float32))

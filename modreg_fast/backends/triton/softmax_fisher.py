@@ -11,14 +11,14 @@ pixel, and the lanes of a warp share a pixel, as far as they can. So nothing is 
 channels run within a warp. Threads read 16 bytes: of channels where these lie side by side, else of pixels, which they exchange through
 shared memory (``tiles.gathered``). Sizes: ``_configuration``."""
 
-from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modreg_fast.backends.layout import empty_in_layout, layout_of
+from modreg_fast.backends.layout import empty_gradient
 from modreg_fast.backends.reference.softmax_fisher import Problem, Result
 from modreg_fast.backends.triton import launches
 from modreg_fast.backends.triton.launches import Launch, Shape
@@ -311,61 +311,89 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
     return tuple(shapes), threads
 
 
-def _prepared(problem: Problem, backward: bool) -> tuple[list[list[Tensor]], Launch]:
-    """The features by scale, as the kernels read them, and a launch that has all but what one kernel alone takes."""
-    features, masks, present, sigma, samples, seed, _, eps, _ = problem
+class _Plan(NamedTuple):
+    """What shapes and strides decide."""
+
+    in_place: bool  # the features are read where they are, else copied
+    shapes: tuple[Shape, ...]
+    threads: int
+    programs: int
+    strides: tuple[Any, ...]
+    gradient_strides: tuple[Any, ...]
+    pixels: tuple[int, ...]
+
+
+def _plan(features: list[Tensor], scales: int, noisy: bool, backward: bool) -> _Plan:
     channels = max(x.shape[1] for x in features)
     launches.check_pixels(features, "softmax_fisher")
     if channels > _MOST_CHANNELS:
         raise ValueError(f"softmax_fisher: backend 'triton' takes at most {_MOST_CHANNELS} channels, got {channels}")
-    by_scale = [launches.in_one_layout(problem.scale(s)) for s in range(problem.scales)]
-    shapes, threads = _configuration(by_scale, any(s > 0 for s in sigma), backward)
+    by_scale = _laid_out(features, scales)
+    shapes, threads = _configuration(by_scale, noisy, backward)
+    gradients = [empty_gradient(xs[0]) for xs in by_scale] if backward else []
+    return _Plan(
+        all(a is b for s, xs in enumerate(by_scale) for a, b in zip(xs, features[s::scales], strict=True)),
+        shapes,
+        threads,
+        sum(shape.programs(xs[0]) for shape, xs in zip(shapes, by_scale, strict=True)),
+        tuple(launches.strides(xs, shape) for xs, shape in zip(by_scale, shapes, strict=True)),
+        # Dense tensors of one shape and layout: one pair of strides per scale.
+        tuple(launches.strides([x], shape)[0] for x, shape in zip(gradients, shapes, strict=False)),
+        tuple(xs[0].shape[2] for xs in by_scale),
+    )
+
+
+def _laid_out(features: list[Tensor], scales: int) -> list[list[Tensor]]:
+    """By scale, as the kernels read them."""
+    return [launches.in_one_layout(features[s::scales]) for s in range(scales)]
+
+
+def _prepared(problem: Problem, backward: bool) -> tuple[list[list[Tensor]], _Plan, tuple[Any, ...], dict[str, Any]]:
+    """The features by scale, as the kernels read them, the plan, and the arguments and constants that the large kernels share."""
+    features, masks, present, sigma, samples, seed, _, eps, _ = problem
+    scales, noisy = len(features) // len(sigma), tuple([s > 0 for s in sigma])
+    signature = ("softmax_fisher", backward, noisy, launches.signature(features))
+    plan = launches.planned(signature, lambda: _plan(features, scales, any(noisy), backward))
+    by_scale = [features[s::scales] for s in range(scales)] if plan.in_place else _laid_out(features, scales)
     arguments = (
         tuple(map(tuple, by_scale)),
-        tuple(launches.strides(xs, shape) for xs, shape in zip(by_scale, shapes, strict=True)),
-        tuple(m.contiguous() for m in masks),
+        plan.strides,
+        tuple([m.contiguous() for m in masks]),
         None if present is None else present.contiguous(),
         tuple(map(launches.two_floats, sigma)),
         seed,
         samples,
         launches.two_floats(eps),
-        tuple(xs[0].shape[2] for xs in by_scale),
+        plan.pixels,
         features[0].shape[0],
     )
-    programs = sum(shape.programs(xs[0]) for shape, xs in zip(shapes, by_scale, strict=True))
-    constants = {"SHAPES": shapes, "NOISY": tuple(s > 0 for s in sigma)}
-    kernel = _backward_kernel if backward else _forward_kernel
-    return by_scale, Launch(kernel, features[0].device, programs, threads, arguments, constants)
+    return by_scale, plan, arguments, {"SHAPES": plan.shapes, "NOISY": noisy}
 
 
 def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
     """The result of ``forward``, and the launches that fill it."""
-    _, main = _prepared(problem, False)
-    result, modalities = problem.empty_result(), problem.modalities
-    partial = result.information.new_empty((modalities, main.programs))
-    partial_counts = result.counts.new_empty(main.programs, dtype=torch.int32) if problem.masks else None
-    pixels, batch = main.arguments[8:10]
-    reduction = Launch(
-        _reduce_kernel,
-        main.device,
-        problem.scales * batch,
-        _LEAST_THREADS,
-        (partial, partial_counts, problem.samples, pixels, batch, main.programs, *result),
-        {"SHAPES": main.constants["SHAPES"], "MODALITIES": modalities, "BLOCK": 1024},
-    )
-    return result, [replace(main, arguments=(*main.arguments, partial, partial_counts)), reduction]
+    _, plan, arguments, constants = _prepared(problem, False)
+    result, modalities, device = problem.empty_result(), problem.modalities, problem.features[0].device
+    partial = result.information.new_empty((modalities, plan.programs))
+    partial_counts = result.counts.new_empty(plan.programs, dtype=torch.int32) if problem.masks else None
+    sums = (partial, partial_counts, problem.samples, plan.pixels, arguments[-1], plan.programs, *result)
+    reduced = {"SHAPES": plan.shapes, "MODALITIES": modalities, "BLOCK": 1024}
+    return result, [
+        Launch(_forward_kernel, device, plan.programs, plan.threads, (*arguments, partial, partial_counts), constants),
+        Launch(_reduce_kernel, device, result.counts.numel(), _LEAST_THREADS, sums, reduced),
+    ]
 
 
 def backward_launches(problem: Problem, result: Result, upstream: Result) -> tuple[list[Tensor], list[Launch]]:
     """The gradients of ``backward``, and the launch that fills them."""
-    by_scale, main = _prepared(problem, True)
-    gradients = [[empty_in_layout(x, layout_of(x)) for x in xs] for xs in by_scale]
-    # Dense tensors of one shape and layout: one pair of strides per scale.
-    strides = tuple(launches.strides(xs[:1], shape)[0] for xs, shape in zip(gradients, main.constants["SHAPES"], strict=True))
-    results = (upstream.information.contiguous(), result.counts.contiguous(), tuple(map(tuple, gradients)), strides)
-    constants = {**main.constants, "DETACH": problem.detach_reference}
+    by_scale, plan, arguments, constants = _prepared(problem, True)
+    gradients = [[empty_gradient(x) for x in xs] for xs in by_scale]
+    results = (upstream.information.contiguous(), result.counts.contiguous(), tuple(map(tuple, gradients)), plan.gradient_strides)
+    constants["DETACH"] = problem.detach_reference
     flat = [xs[m] for m in range(problem.modalities) for xs in gradients]
-    return flat, [replace(main, arguments=(*main.arguments, *results), constants=constants)]
+    return flat, [
+        Launch(_backward_kernel, problem.features[0].device, plan.programs, plan.threads, (*arguments, *results), constants)
+    ]
 
 
 def forward(problem: Problem) -> Result:
