@@ -125,6 +125,26 @@ def test_penalty_gradient(objective):
     assert (grad[~valid] == 0).all() and (grad[valid] < 0).all()  # more information, less penalty
 
 
+@pytest.mark.parametrize("objective", ["inverse", "log"])
+def test_penalty_by_its_own_derivative(objective):
+    """Where all entries count the derivative is written out; with ``valid`` autograd finds it: the same, and differentiated again."""
+    information = torch.rand(2, 3, 4, dtype=torch.float64) + 0.1
+
+    def derivatives(**options):
+        x = information.clone().requires_grad_()
+        found = [balance_penalty(x, objective=objective, **options)]
+        for _ in range(3):
+            found += torch.autograd.grad(found[-1].square().sum(), x, create_graph=True)
+        return found
+
+    for own, plain in zip(derivatives(), derivatives(valid=torch.ones(2, 3, 4, dtype=torch.bool)), strict=True):
+        helpers.assert_close(own, plain, 1e-12)
+    x = information.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda y: balance_penalty(y, objective=objective), x)
+    (gradient,) = torch.autograd.grad(balance_penalty(x * torch.nan, objective=objective), x)
+    assert gradient.isnan().all()
+
+
 @pytest.mark.parametrize("objective", ["inverse", "norm", "log"])
 def test_penalty_where_nothing_counts(objective):
     information = torch.zeros(2, 2, 3, requires_grad=True)

@@ -1,12 +1,14 @@
 """From information and attribution to penalties: tiny tensors, plain PyTorch."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from modreg_fast import _validate as validate
+from modreg_fast.ops._eager import is_transformed
 
 Objective = Literal["inverse", "norm", "log"]
 OBJECTIVES = get_args(Objective)
@@ -126,23 +128,67 @@ def batch_totals(information: Tensor, valid: Tensor | None) -> tuple[Tensor, Ten
 
 
 def penalty_of_mean(
-    total: Tensor, count: Tensor | int, objective: str, eps: float, weights: Tensor | Sequence[float] | None, *, function: str
+    total: Tensor,
+    count: Tensor | int,
+    objective: str,
+    eps: float,
+    weights: Tensor | Sequence[float] | None,
+    *,
+    function: str,
+    scale: float = 1.0,
 ) -> Tensor:
-    """The penalty of :func:`balance_penalty` from ``(M, S)`` sums over the batch and their counts."""
+    """``scale`` times the penalty of :func:`balance_penalty` from ``(M, S)`` sums over the batch and their counts."""
     validate.number(eps, function, "eps")
     validate.one_of(objective, OBJECTIVES, function, "objective")
+    if weights is not None:
+        if not isinstance(weights, Tensor):
+            weights = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
+        weights = torch.as_tensor(weights, dtype=total.dtype, device=total.device)
+        if weights.shape != total.shape[1:]:
+            validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(weights))
     if not isinstance(count, Tensor) and count == 0:
         count = torch.zeros_like(total)
+    # Where nobody traces or transforms, one node of autograd in place of six.
+    if (
+        type(total) is Tensor
+        and isinstance(count, int)
+        and weights is None
+        and objective != "norm"
+        and not torch.compiler.is_compiling()
+        and not is_transformed([total])
+    ):
+        penalty: Tensor = _Penalty.apply(total, count, objective, eps, scale)
+        return penalty
+    return scale * _penalty(total, count, objective, eps, weights)
+
+
+def _penalty(total: Tensor, count: Tensor | int, objective: str, eps: float, weights: Tensor | None) -> Tensor:
     counts = count > 0 if isinstance(count, Tensor) else None  # None: all
     mean = total / count + eps if counts is None else torch.where(counts, total / torch.where(counts, count, 1) + eps, 1)
     terms = -mean.log() if objective == "log" else mean.reciprocal()
     if weights is not None:
-        if not isinstance(weights, Tensor):
-            weights = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
-        w = torch.as_tensor(weights, dtype=mean.dtype, device=mean.device)
-        if w.shape != total.shape[1:]:
-            validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(w))
-        terms = w * terms
+        terms = weights * terms
     if counts is not None:
         terms = torch.where(counts, terms, 0)
     return torch.linalg.vector_norm(terms) if objective == "norm" else terms.sum()
+
+
+class _Penalty(Function):
+    """``_penalty`` times ``scale`` without weights, where all count; "inverse" or "log"."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, count: int, objective: str, eps: float, scale: float) -> Tensor:
+        mean = total / count + eps
+        ctx.save_for_backward(total, mean)
+        ctx.options = count, objective, eps, scale
+        return scale * (-mean.log() if objective == "log" else mean.reciprocal()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        total, mean = ctx.saved_tensors
+        count, objective, eps, scale = ctx.options
+        if torch.is_grad_enabled():  # to be differentiated again
+            mean = total / count + eps
+        # d(-log mean) = -1 / mean, d(1 / mean) = -1 / mean^2
+        gradient = upstream * (-scale / count) / (mean if objective == "log" else mean.square())
+        return gradient, None, None, None, None

@@ -259,9 +259,8 @@ class FunctionalEntropyLoss(Grouped):
         if self.process_group is not None:
             counts = count if isinstance(count, Tensor) else torch.full_like(total, count)
             total, count = (sum_over_ranks(x, self.process_group) for x in (total, counts))
-        penalty = weight * penalty_of_mean(
-            total, count, self.objective, self.eps, scale_weights, function=f"{type(self).__name__}.scale_weights"
-        )
+        name = f"{type(self).__name__}.scale_weights"
+        penalty = penalty_of_mean(total, count, self.objective, self.eps, scale_weights, function=name, scale=weight)
         if not return_details:
             return penalty
         return penalty, InformationDetails(dict(zip(names, (total / count).detach(), strict=True)))
