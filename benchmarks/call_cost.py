@@ -2,7 +2,8 @@
 
 python benchmarks/call_cost.py /path/to/another/checkout [--rounds N]
 
-Prints for each case the medians and their ratio. With ``heads``: eager PyTorch beside it. The last rows are no times but the Python and C
+Prints for each case the medians and their ratio. With ``heads``: eager PyTorch beside it. The own share of ``AttributionLoss`` is a call
+where the gradients of the score are given. The last rows are no times but the Python and C
 functions that a call of the Triton backend enters, with Triton's own launch left out (``JITFunction.run`` does nothing)."""
 
 import argparse
@@ -60,6 +61,7 @@ def cases() -> dict[str, Callable[[], object]]:
     import torch.nn.functional as F
 
     import modreg_fast as mrf
+    import modreg_fast.losses.attribution as losses_attribution
     from modreg_fast.functional import gradient_statistics, softmax_fisher_information
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -83,6 +85,13 @@ def cases() -> dict[str, Callable[[], object]]:
     flat = [x for row in features.values() for x in row]
     balance = mrf.FunctionalEntropyLoss()
 
+    attribution, scores = mrf.AttributionLoss(), leaf(2, 10)
+    slopes = [leaf(*x.shape) for x in flat]
+
+    def attribute() -> None:
+        losses_attribution.gradients = lambda *_: slopes  # in place of differentiating a head
+        torch.autograd.grad(attribution(scores, features), [*slopes, *flat])
+
     compiled = torch.compile(lambda *x: softmax_fisher_information([[y] for y in x]), fullgraph=True)
     compiled_balance = torch.compile(lambda x: balance(x), fullgraph=True)
 
@@ -97,6 +106,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "heads, eager PyTorch": eager,
         "heads": fisher,
         "FunctionalEntropyLoss": lambda: torch.autograd.grad(balance(features), flat),
+        "AttributionLoss, its own share": attribute,
         "heads, compiled": lambda: torch.autograd.grad(compiled(*heads), heads, upstream),
         "FunctionalEntropyLoss, compiled": lambda: torch.autograd.grad(compiled_balance(features), flat),
     }

@@ -120,9 +120,10 @@ class AttributionLoss(Grouped):
         scores = validate.tensor(scores, name, "scores")
         if scores.dim() < 2:
             validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
+        batch = scores.shape[0]
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
         flat = [
-            differentiable(x, name, f"features[{m!r}][{s}]", len(scores), self.spatial_group)
+            differentiable(x, name, f"features[{m!r}][{s}]", batch, self.spatial_group)
             for m, row in zip(features, scales, strict=True)
             for s, x in enumerate(row)
         ]
@@ -203,7 +204,8 @@ def _shares(target: Mapping[str, float], function: str) -> dict[str, float]:
 
 def _root(x: Tensor) -> Tensor:
     """Square root; its derivative at 0 is 0."""
-    return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
 
 
 def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, name: str, samples: Tensor | None = None) -> Tensor:
