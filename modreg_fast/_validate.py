@@ -13,6 +13,16 @@ _MOST_SIGNATURES = 1024
 _accepted: set[tuple[object, ...]] = set()
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 
 
 def fail(function: str, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:

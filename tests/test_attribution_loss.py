@@ -143,7 +143,8 @@ def test_labels_with_ignored_positions(backend):
     mask = torch.rand(4, 3, 4) < 0.6
     loss = mrf.AttributionLoss(backend=backend)
     expected = loss(scores, features, index=labels, mask=mask)
-    for dtype, ignored in ((torch.int64, 255), (torch.int64, -100), (torch.uint8, 255), (torch.int32, -1)):
+    dtypes = {torch.uint8: 255, torch.int8: -1, torch.int16: 255, torch.uint16: 65535, torch.int32: -1, torch.int64: -100}
+    for dtype, ignored in dtypes.items():
         value = loss(scores, features, index=labels.where(mask, ignored).to(dtype), mask=mask)
         assert torch.equal(value, expected)
 

@@ -343,7 +343,7 @@ CASES = {
     "scores_rank": (lambda: attribution(scores=leaf(5)), V, AL, "scores must be of shape (B, K, *spatial)", "got (5,)"),
     "attribution_mask": (lambda: attribution(mask=MASK.int()), T, AL, "mask must be bool", "got torch.int32"),
     "attribution_mask_shape": (lambda: attribution(mask=MASK[..., 0]), V, AL, "mask", "(2, 4, 5)", "scores", "got (2, 4)"),
-    "index_dtype": (lambda: attribution(index=MASK.float()), T, AL, "index must be int64 or int32 or uint8", "got torch.float32"),
+    "index_dtype": (lambda: attribution(index=MASK.float()), T, AL, "index must be int64 or int32 or int16", "got torch.float32"),
     "index_shape": (lambda: attribution(index=torch.zeros(2, dtype=torch.int64)), V, AL, "index", "(2, 4, 5)", "got (2,)"),
     "attribution_present": (lambda: attribution(present=PRESENT.float()), T, AL, "present must be bool", "got torch.float32"),
     "attribution_present_shape": (lambda: attribution(present=PRESENT[:1]), V, AL, "present", "(2, 2)", "got (1, 2)"),

@@ -137,6 +137,20 @@ def test_empty_masks_and_absent_samples_give_zero(backend, detach_reference):
     assert all((information[:, s, b] > 0).all() for s, b in [(0, 1), (1, 0)])
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_an_infinite_gradient_does_not_pass_a_detached_reference(backend, sigma):
+    features = helpers.features(3, [(2, 5, 40)])
+    for x in (row[0] for row in features):
+        x.data[0, :, 3] *= 300  # where the sums of the CPU's fast way overflow, it takes the other
+    information = softmax_fisher_information(features, detach_reference=True, sigma=sigma, seed=4, backend=backend)
+    upstream = torch.randn_like(information)
+    expected = helpers.gradients(information, features, upstream)
+    upstream[0, 0, 1] = float("inf")
+    actual = helpers.gradients(information, features, upstream)
+    assert torch.equal(actual[0][0], expected[0][0]) and not actual[0][1].isfinite().any()
+    assert all(map(torch.equal, actual[1:], expected[1:]))
+
+
 def test_nothing_valid_at_all(backend):
     features = helpers.features(2, [(2, 4, 3)])
     information = softmax_fisher_information(features, mask=torch.zeros(2, 3, dtype=torch.bool), sigma=1.0, backend=backend)

@@ -72,7 +72,7 @@ class Strip {
     bool exact = true;
     for (int v = 0; v < kVectors<T>; ++v) {
       ReferenceSums<T>& r = reference(pixel + v * n);
-      const V<T> share = T(1) / r.sum, pull = problem_.detach_reference ? V<T>{} : share / T(active_);
+      const V<T> share = T(1) / r.sum, pull = share / T(active_);
       V<T> offset = {};
       I<T> fine = r.sum >= T(0.5);  // false for NaN, like the comparisons below; less than 1 where e_R underflows at its maximum
       for (int a = 0; a < active_; ++a) {
@@ -89,11 +89,14 @@ class Strip {
           result.coefficients(v, T(problem_.eps), slope_d, slope_p);
           offset += slope_d * (pd - result.n[v]) + slope_p * (result.cross_entropy[v] - log_sum);
           slope_d *= inverse;
-          s = {s.shift, excess, slope_p * inverse, slope_d * inverse, slope_d * pd, slope_d * pull, slope_p * pull * nats};
+          // Nothing passes the reference that is detached, not 0 times an infinite slope either.
+          const V<T> pull_d = problem_.detach_reference ? V<T>{} : slope_d * pull;
+          const V<T> pull_p = problem_.detach_reference ? V<T>{} : slope_p * pull * nats;
+          s = {s.shift, excess, slope_p * inverse, slope_d * inverse, slope_d * pd, pull_d, pull_p};
         }
       }
       if constexpr (Backward) {
-        r.square = offset * pull;
+        r.square = problem_.detach_reference ? V<T>{} : offset * pull;
         r.valid = valid.lanes[v];
       }
       exact = exact && all_lanes<T>(~valid.lanes[v] | fine);

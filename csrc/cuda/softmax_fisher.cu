@@ -164,9 +164,9 @@ struct Pixel {
     if constexpr (Backward) finish(r, pull, pull_mean, call.detach_reference ? T(0) : inverse_r / T(modalities_held));
   }
 
-  // Adds J(q) pull / (modalities held) to every gradient; 0 where the pixel does not count.
+  // Adds J(q) pull / (modalities held) to every gradient, unless `share` is 0; 0 where the pixel does not count.
   __device__ void finish(const T (&r)[n], T (&pull)[n], T pull_mean, T share) const {
-    for (int i = 0; i < n; ++i) pull[i] = share * r[i] * (pull[i] - pull_mean);
+    for (int i = 0; i < n; ++i) pull[i] = share == T(0) ? T(0) : share * r[i] * (pull[i] - pull_mean);
 #pragma unroll 1
     for (int m = 0; m < call.modalities; ++m) {
       if (!(held >> m & 1)) continue;

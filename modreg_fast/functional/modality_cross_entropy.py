@@ -12,17 +12,6 @@ from modreg_fast.backends import resolve
 from modreg_fast.backends.reference.modality_cross_entropy import Problem
 from modreg_fast.functional.masks import spatial_shape
 
-_INTEGERS = (
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
-
 
 class ModalitySums(NamedTuple):
     """Result of :func:`modality_cross_entropy`: sums over the valid pixels of each sample.
@@ -116,7 +105,7 @@ def modality_sums(
     """:func:`modality_cross_entropy`. ``names``: of the modalities, for messages."""
     checked, target = _checked(logits, target, channel_dim, function, names)
     batch, classes, device = len(checked[0]), checked[0].shape[channel_dim], checked[0].device
-    if target.dtype in _INTEGERS[5:]:  # of which PyTorch can do little
+    if target.dtype in validate.INTEGERS[5:]:  # of which PyTorch can do little
         target = target.to(torch.int64)
     if weight is not None:
         weight = validate.tensor(weight, function, "weight")
@@ -155,7 +144,7 @@ def _checked(
     for label, x in zip(labels, logits, strict=True):
         validate.same(x, logits[0], function, label, labels[0])
     checked = validate.promoted(checked)
-    checked_target = validate.tensor(target, function, "target", dtypes=_INTEGERS)
+    checked_target = validate.tensor(target, function, "target", dtypes=validate.INTEGERS)
     spatial = (len(checked[0]), *spatial_shape(logits[0], channel_dim))
     if tuple(checked_target.shape) != spatial or checked_target.device != checked[0].device:
         expected = f"of shape {spatial} on {checked[0].device} like {labels[0]} without its channels"

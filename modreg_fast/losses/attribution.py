@@ -103,8 +103,8 @@ class AttributionLoss(Grouped):
         Args:
             scores: ``(B, K, *spatial)`` class scores with a graph to ``features``.
             features: modality -> tensor ``(B, C, *spatial)``, or a sequence of them (scales, pooled together).
-            index: ``(B, *spatial)`` integer class to attribute at each position, for valid positions in [0, K); default the class
-                with the largest score.
+            index: ``(B, *spatial)`` class to attribute at each position, of any integer dtype, for valid positions in [0, K);
+                default the class with the largest score.
             mask: valid positions of ``scores``, bool ``(B, *spatial)``. Features with as many spatial dimensions are masked too, at
                 their resolution.
             present: ``(B, M)`` bool in the order of ``features``; absent modalities have no share and are not read, the targets of the
@@ -219,7 +219,7 @@ def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, na
     if index is None:
         selected = scores.max(1).values
     else:
-        index = validate.tensor(index, name, "index", dtypes=(torch.int64, torch.int32, torch.uint8))
+        index = validate.tensor(index, name, "index", dtypes=validate.INTEGERS)
         validate.same(index, positions, name, "index", "scores without its classes")
         valid_index = index.long() if mask is None else torch.where(mask, index.long(), 0)
         selected = scores.gather(1, valid_index.unsqueeze(1)).squeeze(1)
