@@ -55,7 +55,9 @@ def test_kernels_of_a_version(compiled, version):
         if "pixels" in case and "gradient_statistics" in case:
             continue  # loops, which versions unroll more or less
         first = compiled[COMPARED][case]
-        assert row["each"] <= 1.15 * first["each"], (case, row, first)
+        # 3.4 exchanges what one warp holds of pixels side by side through shared memory, later versions by shuffles.
+        most = 1.25 if version == "3.4.0" and "modality_cross_entropy" in case and "pixels" in case else 1.15
+        assert row["each"] <= most * first["each"], (case, row, first)
         if "softmax_fisher" in case and "channels" in case:
             assert row["barriers"] <= first["barriers"] + 2, (case, row, first)
 
@@ -74,6 +76,17 @@ def test_lanes_of_a_pixel_are_neighbours(compiled, version):
         assert len(row["loads"]) == 1 and lanes in row["loads"][0] and "order = [1, 0]" in row["loads"][0], (case, row)
         if "64" in case and "backward" in case and "noise" not in case:
             assert row["barriers"] == 0, (case, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_lanes_of_whole_pixels_are_neighbours(compiled, version):
+    """modality_cross_entropy with few classes and pixels side by side: a thread holds one pixel, and the lanes of a warp neighbours,
+    though their addresses are not known to be aligned for more than one."""
+    cases = {case: row for case, row in compiled[version].items() if "modality_cross_entropy 25" in case and "pixels" in case}
+    assert len(cases) == 4
+    for case, row in cases.items():
+        assert all("sizePerThread = [1, 1, 1], threadsPerWarp = [1, 32, 1]" in layout for layout in row["loads"]), (case, row)
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ def locate(program, pixels, SHAPE: tl.constexpr):
     VECTOR: tl.constexpr = SHAPE.vector
     tiles = tl.cdiv(pixels, SHAPE.block_p)
     p = program % tiles * SHAPE.block_p + tl.arange(0, SHAPE.block_p)
-    # The compiler gives a thread as many neighbours as it may assume to be contiguous.
-    return (program // tiles).to(tl.int64), tl.max_contiguous(p, VECTOR)
+    # A thread gets as many neighbours as the alignment of the first one allows. Contiguous they are all: of dimensions of which none
+    # is, versions of Triton give the lanes of a warp to different ones.
+    return (program // tiles).to(tl.int64), tl.multiple_of(p, VECTOR)
 
 
 @triton.jit
