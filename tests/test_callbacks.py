@@ -274,7 +274,7 @@ def test_mmengine(kind, tmp_path):
     )
     runner.train()
     (hook,) = (hook for hook in runner.hooks if isinstance(hook, ModalityHook))
-    assert list(hook.results) == [1, 3] and list(hook.results.values()) == measure.seen
+    assert list(hook.results) == [2, 4] and list(hook.results.values()) == measure.seen
     (file,) = tmp_path.rglob("scalars.json")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     found = [line for line in lines if "modalities/accuracy/mean" in line]

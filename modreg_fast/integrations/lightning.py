@@ -26,7 +26,7 @@ class ModalityCallback(Callback):
         every_n_epochs: after how many epochs, again and again.
 
     Attributes:
-        results: epoch, counted from 0 -> what was measured after it.
+        results: epoch -> what was measured after it, counted from 0 as in the log and in the names of checkpoints (``epoch=4``).
 
     Raises:
         ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.

@@ -26,7 +26,7 @@ class ModalityHook(Hook):
         every_n_epochs: after how many epochs, again and again.
 
     Attributes:
-        results: epoch, counted from 0 -> what was measured after it.
+        results: epoch -> what was measured after it, counted from 1 as in the log and in the names of checkpoints (``epoch_5.pth``).
 
     Raises:
         ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.
@@ -35,7 +35,7 @@ class ModalityHook(Hook):
         >>> def measure(model):
         ...     return mrf.audit(model.net, validation, {"rgb": "rgb", "depth": "depth"}, progress=False)
         >>> hook = HOOKS.build(dict(type="ModalityHook", measure=measure, every_n_epochs=5))  # as custom_hooks of a configuration does
-        >>> hook.results  # after runner.train(): {4: Audit(...), 9: Audit(...)}
+        >>> hook.results  # after runner.train(): {5: Audit(...), 10: Audit(...)}
         {}
     """
 
@@ -44,18 +44,19 @@ class ModalityHook(Hook):
         self.results: dict[int, Any] = {}
 
     def after_train_epoch(self, runner: Any) -> None:
-        if not self.measuring.due(runner.epoch + 1):
+        epoch = runner.epoch + 1
+        if not self.measuring.due(epoch):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        result = self.results[runner.epoch] = self.measuring(model)
+        result = self.results[epoch] = self.measuring(model)
         if is_main_process():
-            runner.visualizer.add_scalars(scalars(result), step=runner.epoch + 1)
+            runner.visualizer.add_scalars(scalars(result), step=epoch)
             if isinstance(result, Audit):
                 canvas = FigureCanvasAgg(result.plot())
                 canvas.draw()
                 picture = np.array(canvas.buffer_rgba())[..., :3]
                 # A slash would name a folder, and a file in a folder that is missing is not written, without a word.
-                runner.visualizer.add_image(PICTURE.replace("/", "_"), picture, step=runner.epoch + 1)
+                runner.visualizer.add_image(PICTURE.replace("/", "_"), picture, step=epoch)
 
 
 HOOKS.register_module(module=ModalityHook)

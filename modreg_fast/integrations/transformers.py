@@ -24,7 +24,7 @@ class ModalityCallback(TrainerCallback):
         every_n_epochs: after how many epochs, again and again.
 
     Attributes:
-        results: epochs done -> what was measured then.
+        results: epoch -> what was measured after it, counted from 1 as ``epoch`` in the log.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, a ``measure`` that returns something else.
