@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from modreg_fast import _validate as validate
 
@@ -98,6 +99,8 @@ def batches(
             kinds = f" of {', '.join(type(x).__name__ for x in batch)}" if isinstance(batch, tuple | list) else ""
             validate.fail(function, "data", expected, f"a {type(batch).__name__}{kinds}", TypeError)
         inputs, held = batch
+        if odd := [name for name in inputs if not isinstance(name, str)]:
+            validate.fail(function, "inputs", "a mapping from names to tensors", f"the name {odd[0]!r}", TypeError)
         given = {name for name, x in inputs.items() if x is not None}
         names = modalities or tuple(order or inputs)
         if not allow_absent and (lacking := [name for name in names if name not in given]):
@@ -140,6 +143,12 @@ def prepared(x: Any, device: torch.device | None) -> Any:
     if isinstance(x, tuple | list):
         return type(x)(prepared(value, device) for value in x)
     return x
+
+
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    """For a model, which may write into what it is given."""
+    copies: dict[str, Any] = tree_map_only(Tensor, torch.clone, inputs)
+    return copies
 
 
 def name_of(x: object, otherwise: str) -> str:

@@ -109,6 +109,14 @@ def sequence(x: object, function: str, argument: str) -> Sequence:  # type: igno
     return x
 
 
+def different(x: object, function: str, argument: str) -> Sequence[str]:
+    """Names, none of them twice."""
+    x = sequence(x, function, argument)
+    if len(set(x)) < len(x):
+        fail(function, argument, "different names", list(x))
+    return x
+
+
 def modalities(x: object, function: str, argument: str, values: str = "tensors") -> Mapping:  # type: ignore[type-arg]
     if not isinstance(x, Mapping):
         fail(function, argument, f"a mapping from modality to {values}", type(x).__name__, TypeError)
@@ -155,6 +163,31 @@ def number(x: object, function: str, argument: str) -> float:
     if not 0 <= value < float("inf"):
         fail(function, argument, "a finite number of at least 0", x)
     return value
+
+
+def ignore_index(x: object, function: str) -> int:
+    """As integers of 64 bits can hold it."""
+    if isinstance(x, bool) or not isinstance(x, int):
+        fail(function, "ignore_index", "an integer", type(x).__name__, TypeError)
+    if not -(2**63) <= x < 2**63:
+        fail(function, "ignore_index", "an integer of 64 bits", x)
+    return x
+
+
+def fraction(x: object, function: str, argument: str) -> float:
+    """In [0, 1]."""
+    if (value := number(x, function, argument)) > 1:
+        fail(function, argument, "at most 1", x)
+    return value
+
+
+def unbatched(x: Tensor) -> bool:
+    """Whether a look at the values of ``x`` is possible: not under ``torch.func.vmap``, at whatever depth."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
 
 
 def positive_integer(x: object, function: str, argument: str) -> int:

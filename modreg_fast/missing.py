@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Data, Model, batches, check_model, evaluating, extra, name_of, rendered
+from modreg_fast._evaluation import Data, Model, batches, check_model, copied, evaluating, extra, name_of, rendered
 from modreg_fast._output import plain, printable
 from modreg_fast.distributed import on_all_ranks
 
@@ -158,14 +158,15 @@ def evaluate_missing(
     function = "evaluate_missing"
     check_model(model, function)
     streaming = all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
-    if not streaming and not callable(metric):
-        validate.fail(function, "metric", "a torchmetrics metric or a function", type(metric).__name__, TypeError)
+    if isinstance(metric, type) or not (streaming or callable(metric)):
+        got = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
+        validate.fail(function, "metric", "a torchmetrics metric or a function", got, TypeError)
     if higher_is_better is None:
         higher_is_better = getattr(metric, "higher_is_better", None) is not False
     collected: dict[frozenset[str], Any] = {}
 
     def collect() -> Subset:
-        names = None if modalities is None else tuple(validate.sequence(modalities, function, "modalities"))
+        names = None if modalities is None else tuple(validate.different(modalities, function, "modalities"))
         generator = torch.Generator().manual_seed(0)
         for inputs, wanted in batches(model, data, function, progress, names, target=target, allow_absent=allow_absent):
             if names is None:
@@ -176,7 +177,7 @@ def evaluate_missing(
                 key = frozenset(subset)
                 if key not in collected:
                     collected[key] = _copied(metric, inputs) if streaming else _Whole(metric)
-                collected[key].update(model(given), wanted)
+                collected[key].update(model(copied(given)), wanted)
         assert names is not None
         return names
 
@@ -220,7 +221,7 @@ def _dropped(name: str, x: Any, drop: Drop, generator: torch.Generator | None) -
             function, f"inputs[{name!r}]", "a tensor (choose the modalities with modalities=)", type(x).__name__, TypeError
         )
     if callable(drop):
-        replaced = drop(name, x)
+        replaced = drop(name, x.clone())
         if replaced is not None and not isinstance(replaced, Tensor):
             validate.fail(function, "drop", "a function that returns a tensor or None", type(replaced).__name__, TypeError)
         return replaced
@@ -230,7 +231,7 @@ def _dropped(name: str, x: Any, drop: Drop, generator: torch.Generator | None) -
         validate.fail(function, "drop", "'zeros', 'noise' or a function", repr(drop))
     if not x.is_floating_point():
         validate.fail(function, "drop", f"'zeros' or a function, because inputs[{name!r}] is {x.dtype}", repr(drop))
-    return torch.randn(x.shape, generator=generator).to(x)
+    return torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
 
 class _Whole:
@@ -283,10 +284,11 @@ def _copied(metric: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def _number(value: Any, function: str) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1 or isinstance(value, Mapping):
-        got = f"shape {validate.shape(value)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"shape {validate.shape(value)} of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         validate.fail(function, "metric", "of one number (such as average='macro')", got)
-    return float(value)
 
 
 def _digits(x: float) -> str:

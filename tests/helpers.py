@@ -1,9 +1,11 @@
-"""Small tools of the tests: exact conversion to NumPy, errors in norm, tensors of every layout."""
+"""Small tools of the tests: exact conversion to NumPy, errors in norm, tensors of every layout, several ranks."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -104,3 +106,16 @@ def gradients(outputs: Tensor | Sequence[Tensor], inputs: Sequence, upstream) ->
     """Gradients of the flattened ``inputs``, zeros where there is no path; the graph stays."""
     inputs = [x for row in inputs for x in (row if isinstance(row, list | tuple) else [row])]
     return list(torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+
+def ranks(work: Callable[..., None], count: int, *args):
+    """A fixture of a module: what each rank saves. ``work(rank, store, folder, *args)`` meets the others at the file ``store`` and saves
+    to ``folder/rank.pt``."""
+
+    @pytest.fixture(scope="module")
+    def found(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("ranks")
+        mp.spawn(work, args=(str(folder / "store"), str(folder), *args), nprocs=count)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+    return found

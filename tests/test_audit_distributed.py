@@ -2,10 +2,10 @@
 
 from datetime import timedelta
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from auditing import SPEC, Images, Vectors, audit, images, vectors
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -57,11 +57,7 @@ def work(rank, store, results):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder / "store"), str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+ranks = helpers.ranks(work, RANKS)
 
 
 def test_ranks_go_by_name(ranks):
@@ -88,6 +84,7 @@ def test_ranks_equal_one_process(ranks, expected, how):
         assert other.missing.scores == pytest.approx(expected.missing.scores)
         for m in SPEC:
             assert other.share[m] == pytest.approx(expected.share[m], rel=1e-5)
+            assert other.share_at_inputs[m] == pytest.approx(expected.share_at_inputs[m], rel=1e-5)
             for s in range(2):
                 assert other.share_by_scale[m][s] == pytest.approx(expected.share_by_scale[m][s], rel=1e-5)
                 assert other.information[m][s] == pytest.approx(expected.information[m][s], rel=1e-5)

@@ -47,6 +47,8 @@ def test_verdict():
         even.verdict
         == "No modality dominates: b carries 52 % [48, 57], a carries 48 % [43, 52] of the decision, measured at the inputs."
     )
+    alike = made({"a": (0.48, 0.43, 0.52), "b": (0.52, 0.48, 0.57)}, {("a", "b"): 0.7, ("a",): 0.5, ("b",): 0.5})
+    assert alike.verdict.endswith("Losing a or b costs most: mIoU 0.7 becomes 0.5.")
     lower = replace(even, missing=mrf.MissingModalities("RMSE", {("a", "b"): 1.0, ("a",): 3.0, ("b",): 2.0}, False))
     assert lower.verdict.endswith("Losing b costs most: RMSE 1 becomes 3.")
 

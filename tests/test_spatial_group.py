@@ -8,7 +8,6 @@ import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import BACKENDS
 from torch import nn
@@ -131,11 +130,7 @@ def work(rank, store, results, backends):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder / "store"), str(folder), BACKENDS), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+ranks = helpers.ranks(work, RANKS, BACKENDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

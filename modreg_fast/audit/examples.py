@@ -86,16 +86,18 @@ def _blend(attribution: Tensor) -> Image:
 
 def mixed(shares: Tensor) -> Tensor:
     """``(M, *)`` to colours ``(*, 3)``: that of the modality with the largest share, and the paler the closer to equal shares."""
-    palette = torch.tensor([[int(colour(m)[i : i + 2], 16) for i in (1, 3, 5)] for m in range(len(shares))]).double()
+    palette = torch.tensor(
+        [[int(colour(m)[i : i + 2], 16) for i in (1, 3, 5)] for m in range(len(shares))], device=shares.device
+    ).double()
     largest, winner = shares.max(0)
     equal = 1 / len(shares)
     strength = ((largest - equal) / max(1 - equal, equal)).clamp(0, 1).sqrt()[..., None]  # the root shows small differences
-    return torch.lerp(torch.full((), EQUAL).double(), palette[winner], strength)
+    return torch.lerp(torch.full_like(strength, EQUAL), palette[winner], strength)
 
 
 def ramp(steps: int = 21) -> list[str]:
     """The colours of two modalities, from the first alone to the second alone."""
-    share = torch.linspace(1, 0, steps, dtype=torch.double)
+    share = torch.linspace(1, 0, steps, dtype=torch.double, device="cpu")
     return [f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in mixed(torch.stack([share, 1 - share])).tolist()]
 
 

@@ -12,7 +12,7 @@ from modreg_fast import _validate as validate
 from modreg_fast._evaluation import Data, Model, batches, evaluating, name_of
 from modreg_fast.audit.examples import Example, examples
 from modreg_fast.audit.result import Audit, Estimate
-from modreg_fast.audit.source import Entries, Features, source
+from modreg_fast.audit.source import Entries, Features, Traced, source
 from modreg_fast.audit.targets import USUAL, Accuracy, classes, default_loss
 from modreg_fast.distributed import on_all_ranks
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
@@ -25,9 +25,18 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Tensor, Any], Tensor]
 
-Means = dict[tuple[str, int], Tensor]  # of each channel, by modality and scale
+Key = tuple[str, str, int]  # place, modality, scale
+Means = dict[Key, Tensor]  # of each channel
 
 RESAMPLES, COVERAGE = 2000, 0.95
+
+
+class _Place(NamedTuple):
+    """Where shares are measured."""
+
+    name: str
+    features: Features
+    channel_dim: int
 
 
 class _Pass(NamedTuple):
@@ -36,7 +45,7 @@ class _Pass(NamedTuple):
     inputs: dict[str, Any]
     target: Any
     scores: Tensor
-    features: Features
+    places: list[_Place]  # the features; the inputs beside those of modules
     classes: Tensor | None
     valid: Tensor
 
@@ -46,12 +55,12 @@ class _Measured(NamedTuple):
 
     attribution: dict[str, Tensor]
     information: dict[str, Tensor]
+    at_inputs: dict[str, Tensor]  # (1, B)
     sizes: list[str]
 
 
 class _Sum(NamedTuple):
-    modality: str
-    scale: int
+    key: Key
     total: Tensor
     positions: int
 
@@ -89,6 +98,7 @@ def audit(
     Reported is the mean over the samples with a valid position, with a percentile bootstrap interval (2000 resamples of samples, fixed
     seed). Then :func:`modreg_fast.evaluate_missing`. The share is a statement about gradients at the place that was looked at, and depends
     on where 0 lies there; the missing-modality scores are one about accuracy. Read them together; the verdict says where they disagree.
+    Where ``features`` are named, the same run measures the share at the inputs too, which takes a backward pass through the encoders.
 
     Args:
         model: called with the inputs ``{modality: tensor}``, returns class scores ``(B, K, *spatial)``, of two classes also one logit
@@ -100,8 +110,8 @@ def audit(
             same number of scales for each modality. Modalities may name the same module where each of its runs takes the input of one
             of them. Default: the inputs themselves.
         metric: as in ``evaluate_missing``; default accuracy over valid positions.
-        loss: ``(scores, target) -> (B, *spatial)``, at least 0; default the cross entropy per position, binary where the scores are one
-            logit.
+        loss: ``(scores, target) -> (B, *spatial)``, at least 0 where valid; default the cross entropy per position, binary where the
+            scores are one logit.
         target: what ``loss`` and ``metric`` get of the targets: ``lambda held: held["mask"]`` where these are dicts; default all.
         ignore_index: positions of this class are not valid. Classes are whole numbers of any dtype, ``(B, *spatial)`` or
             ``(B, 1, *spatial)``. Where a target is something else, any ``ignore_index`` but -100 is an error, and -100 too where it
@@ -123,8 +133,8 @@ def audit(
         progress: show progress bars on stderr.
 
     Returns:
-        :class:`Audit`: ``verdict``, ``share``, ``share_by_scale``, ``information``, ``missing``, and ``table()``, ``plot()``,
-        ``to_dict()``, ``to_json()``, ``to_html()``.
+        :class:`Audit`: ``verdict``, ``share``, ``share_by_scale``, ``share_at_inputs``, ``information``, ``missing``, and ``table()``,
+        ``plot()``, ``to_dict()``, ``to_json()``, ``to_html()``.
 
     Raises:
         ValueError, TypeError: arguments, data or scores that do not fit.
@@ -141,6 +151,8 @@ def audit(
         validate.fail("audit", "maps", "a number of samples, at least 0", repr(maps))
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         validate.fail("audit", "ignore_index", "an integer or None", repr(ignore_index), TypeError)
+    if loss is not None and not callable(loss):
+        validate.fail("audit", "loss", "a function", type(loss).__name__, TypeError)
     validate.one_of(baseline, ("zero", "mean"), "audit", "baseline")
     if process_group is not None and metric is not None and not callable(getattr(metric, "compute", None)):
         validate.fail(
@@ -158,28 +170,33 @@ def audit(
             for inputs, held in batches(
                 model, data, "audit", progress, named, target=target, argument="features", allow_absent=allow_absent
             ):
-                scores, captured = forward(inputs)
-                yield _Pass(inputs, held, scores, captured, *classes(scores, held, ignore_index))
+                traced = forward(inputs)
+                yield _Pass(
+                    inputs, held, traced.scores, _places(traced, channel_dim), *classes(traced.scores, held, ignore_index)
+                )
 
         def sums() -> list[_Sum]:
-            return [x for p in passes() for x in _sums(p.features, p.valid, channel_dim)]
+            return [x for p in passes() for place in p.places for x in _sums(place, p.valid)]
 
         def measured() -> list[_Measured]:
             nonlocal no_maps, score
             rows, names = [], set(features or ())
             for p in passes():
+                place, given = p.places[0], p.places[0].features
                 values = default_loss(p.scores, p.target, p.classes, ignore_index) if loss is None else _loss(p, loss)
                 if score is None:
                     score = Accuracy(p.scores.shape[1], ignore_index, process_group)
                 if isinstance(score, Accuracy):
                     score.check(p.scores, p.classes)
-                names |= set(p.features)
-                wanted = maps - len(shown) if len(p.features) == len(names) else 0  # colours stand for places in the list of all
-                attribution, pixels = _attribution(p.scores, p.features, p.valid, channel_dim, means, maps=wanted > 0)
-                information = _information(values, p.features, p.valid, channel_dim)
-                a, i = (dict(zip(p.features, x.double().cpu(), strict=True)) for x in (attribution, information))
-                rows.append(_Measured(a, i, _sizes(p.features, channel_dim)))
-                found, no_maps = examples(p.inputs, pixels, list(p.features), wanted)
+                names |= set(given)
+                wanted = maps - len(shown) if len(given) == len(names) else 0  # colours stand for places in the list of all
+                t = selected_score(p.scores, None, p.valid, "audit")
+                attribution, pixels = _attribution(place, _gradients(t, given), p.valid, means, maps=wanted > 0)
+                attribution = _finite(attribution, "the scores")
+                information = _information(values, given, p.valid, channel_dim)
+                a, i = (dict(zip(given, x.double().cpu(), strict=True)) for x in (attribution, information))
+                rows.append(_Measured(a, i, _at_inputs(p, t, means), _sizes(given, channel_dim)))
+                found, no_maps = examples(p.inputs, pixels, list(given), wanted)
                 shown.extend(found)
             return rows
 
@@ -196,6 +213,9 @@ def audit(
         model, data, score, modalities=names, target=target, drop=drop, allow_absent=allow_absent, progress=progress
     )
     share = modality_share(torch.linalg.vector_norm(a, dim=1))
+    at_inputs = []
+    if all(row.at_inputs for row in rows):
+        at_inputs = _estimates(modality_share(_stacked([row.at_inputs for row in rows], names, 0)[:, 0, counts]))
     by_scale = torch.where(a.sum(0) > 0, a / a.sum(0), torch.nan)  # a scale may lack valid pixels where the sample has some
     return Audit(
         model=name_of(model, "a function"),
@@ -207,24 +227,36 @@ def audit(
         missing=replace(missing, metric="accuracy") if metric is None else missing,
         examples=shown,
         no_maps=no_maps,
+        share_at_inputs=dict(zip(names, at_inputs, strict=bool(at_inputs))),
         measured_at="inputs" if features is None else "features",
         baseline=baseline,
     )
 
 
 def _loss(p: _Pass, loss: Loss) -> Tensor:
-    values = validate.tensor(loss(p.scores, p.target), "audit", "what loss returns")
-    validate.same(values, p.scores[:, 0], "audit", "what loss returns", "scores without their classes")
+    what = "what loss returns"
+    values = validate.tensor(loss(p.scores, p.target), "audit", what)
+    validate.same(values, p.scores[:, 0], "audit", what, "scores without their classes")
+    if not values.requires_grad:
+        validate.fail("audit", what, "computed from the scores with a gradient", "a tensor without one")
+    if (values[p.valid] < 0).any():
+        validate.fail("audit", what, "at least 0", float(values[p.valid].min().detach()))
     return values
 
 
 def _gradients(of: Tensor, features: Features) -> list[Tensor]:
-    grads = torch.autograd.grad(of.sum(), [x for row in features.values() for x in row], retain_graph=True, allow_unused=True)
+    found = []
     labels = [f"features[{name!r}][{s}]" for name, row in features.items() for s in range(len(row))]
-    for label, g in zip(labels, grads, strict=True):
+    for label, g in zip(labels, _traced(of, features), strict=True):
         if g is None:
             validate.fail("audit", label, "a tensor from which the model computes its scores", "one that they do not depend on")
-    return list(grads)
+        found.append(g)
+    return found
+
+
+def _traced(of: Tensor, features: Features) -> tuple[Tensor | None, ...]:
+    """The gradient by each tensor; None where there is no path."""
+    return torch.autograd.grad(of.sum(), [x for row in features.values() for x in row], retain_graph=True, allow_unused=True)
 
 
 def _by_modality(rows: Tensor, features: Features) -> Tensor:
@@ -241,38 +273,66 @@ def _feature_masks(features: Features, mask: Tensor, channel_dim: int) -> list[T
     return [resize_mask(mask, n) if len(n) == mask.dim() - 1 else everywhere.expand(len(mask), *n) for n in sizes]
 
 
-def _sums(features: Features, mask: Tensor, channel_dim: int) -> list[_Sum]:
+def _places(traced: Traced, channel_dim: int) -> list[_Place]:
+    places = [_Place("features", traced.features, channel_dim)]
+    inputs = {m: [x] for m in traced.features if (x := traced.inputs.get(m)) is not None and _is_plain(x)}
+    if len(inputs) == len(traced.features):
+        places.append(_Place("inputs", inputs, 1))
+    return places
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested and x.dim() > 1
+
+
+def _keys(place: _Place) -> list[Key]:
+    return [(place.name, m, s) for m, row in place.features.items() for s in range(len(row))]
+
+
+def _sums(place: _Place, mask: Tensor) -> list[_Sum]:
     """Per feature the sum over valid positions and samples of each channel, and how many they are."""
-    masks = _feature_masks(features, mask, channel_dim)
-    names = [(name, s) for name, row in features.items() for s in range(len(row))]
+    masks = _feature_masks(place.features, mask, place.channel_dim)
     found = []
-    for (name, s), valid in zip(names, masks, strict=True):
-        x = features[name][s].detach().movedim(channel_dim, -1)
-        found.append(_Sum(name, s, torch.where(valid[..., None], x, 0).double().flatten(0, -2).sum(0).cpu(), int(valid.sum())))
+    for key, valid in zip(_keys(place), masks, strict=True):
+        x = place.features[key[1]][key[2]].detach().movedim(place.channel_dim, -1)
+        found.append(_Sum(key, torch.where(valid[..., None], x, 0).double().flatten(0, -2).sum(0).cpu(), int(valid.sum())))
     return found
 
 
 def _means(sums: Iterable[_Sum]) -> Means:
-    total: dict[tuple[str, int], tuple[Tensor, int]] = {}
-    for name, s, x, count in sums:
-        before, counted = total.get((name, s), (torch.zeros(()), 0))
-        total[name, s] = before + x, counted + count
+    total: dict[Key, tuple[Tensor, int]] = {}
+    for key, x, count in sums:
+        before, counted = total.get(key, (torch.zeros_like(x), 0))
+        total[key] = before + x, counted + count
     return {key: x / max(count, 1) for key, (x, count) in total.items()}
 
 
 def _attribution(
-    scores: Tensor, features: Features, mask: Tensor, channel_dim: int, means: Means, *, maps: bool
+    place: _Place, grads: Sequence[Tensor], mask: Tensor, means: Means, *, maps: bool
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Attribution ``(M, S, B)``, and where asked that of each pixel, ``[m][s]`` of shape ``(B, *spatial)``."""
-    tensors = [_less(x, means.get((name, s)), channel_dim) for name, row in features.items() for s, x in enumerate(row)]
-    grads = _gradients(selected_score(scores, None, mask, "audit"), features)
+    features, channel_dim = place.features, place.channel_dim
+    tensors = [_less(features[key[1]][key[2]], means.get(key), channel_dim) for key in _keys(place)]
+    # What the scores do not read, such as NaN where a sensor saw nothing, contributes 0.
+    tensors = [torch.where(g == 0, 0, x) for g, x in zip(grads, tensors, strict=True)]
     masks = _feature_masks(features, mask, channel_dim)
     found = gradient_statistics(grads, features=tensors, mask=masks, channel_dim=channel_dim, maps=maps)
     assert found.attribution is not None
     scales = len(tensors) // len(features)
     pixels = [] if found.attribution_maps is None else found.attribution_maps
     rows = [[x.detach() for x in pixels[k : k + scales]] for k in range(0, len(pixels), scales)]
-    return _by_modality(_finite(found.attribution, "the scores"), features), rows
+    return _by_modality(found.attribution, features), rows
+
+
+def _at_inputs(p: _Pass, t: Tensor, means: Means) -> dict[str, Tensor]:
+    """Modality -> attribution at its input, ``(1, B)``; empty where ``t`` cannot be traced back to the inputs of all."""
+    for place in p.places[1:]:
+        grads = [g for g in _traced(t, place.features) if g is not None]
+        if len(grads) == len(place.features):
+            attribution, _ = _attribution(place, grads, p.valid, means, maps=False)
+            if attribution.isfinite().all():
+                return dict(zip(place.features, attribution.double().cpu(), strict=True))
+    return {}
 
 
 def _less(x: Tensor, mean: Tensor | None, channel_dim: int) -> Tensor:
@@ -330,9 +390,9 @@ def _estimates(values: Tensor) -> list[Estimate]:
     valid = (~values.isnan()).to(values.dtype)
     values, samples, means = values.nan_to_num(), values.shape[1], []
     for _ in range(0, RESAMPLES, 100):  # weights of a hundred resamples at a time
-        drawn = torch.randint(samples, (samples, 100), generator=generator)
-        weights = torch.zeros(samples, 100, dtype=values.dtype).scatter_add_(0, drawn, torch.ones_like(drawn, dtype=values.dtype))
+        drawn = torch.randint(samples, (samples, 100), generator=generator, device=values.device)
+        weights = torch.zeros_like(drawn, dtype=values.dtype).scatter_add_(0, drawn, torch.ones_like(drawn, dtype=values.dtype))
         means.append((values @ weights) / (valid @ weights))
     tail = (1 - COVERAGE) / 2
-    low, high = torch.nanquantile(torch.cat(means, 1), torch.tensor([tail, 1 - tail], dtype=values.dtype), dim=1)
+    low, high = torch.nanquantile(torch.cat(means, 1), values.new_tensor([tail, 1 - tail]), dim=1)
     return [Estimate(*x) for x in torch.stack([values.sum(1) / valid.sum(1), low, high], 1).tolist()]

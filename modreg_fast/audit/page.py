@@ -40,6 +40,8 @@ def _rows(audit: Audit) -> list[dict[str, object]]:
             information = audit.information[m][s]
             cells.append((m, row[s], _bar(row[s]), information, _bar(information, top)))
         groups.append({"name": f"Scale {name}" if len(audit.scales) > 1 else name.capitalize(), "cells": cells})
+    if audit.share_at_inputs:
+        groups.append({"name": "Inputs", "cells": [(m, x, _bar(x), None, None) for m, x in audit.share_at_inputs.items()]})
     return groups
 
 

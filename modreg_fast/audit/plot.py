@@ -38,6 +38,8 @@ def _charts(axes: Any, audit: Audit) -> None:
     scales, shares = audit.scales, audit.share_by_scale
     if len(scales) > 1:
         scales, shares = ["all", *scales], {m: [audit.share[m], *row] for m, row in shares.items()}
+    if audit.share_at_inputs:
+        scales, shares = [*scales, "inputs"], {m: [*row, audit.share_at_inputs[m]] for m, row in shares.items()}
     _bars(axes[0], shares, scales, factor=100)
     axes[0].set_title(f"share of the attribution at the {audit.measured_at}, %", loc="left")
     bars = _bars(axes[1], audit.information, audit.scales)

@@ -38,6 +38,8 @@ class Audit:
         missing: scores with every subset of the modalities.
         examples: sample images, where the features have pixels.
         no_maps: why there are no sample images, though the features have pixels.
+        share_at_inputs: modality -> share at the inputs, where ``features`` were named and the scores can be traced back to the inputs of
+            all modalities; else empty.
         measured_at: ``"inputs"`` or ``"features"``.
         baseline: ``"zero"`` or ``"mean"``.
 
@@ -58,6 +60,7 @@ class Audit:
     missing: MissingModalities
     examples: list[Example] = field(repr=False)
     no_maps: str = ""
+    share_at_inputs: dict[str, Estimate] = field(default_factory=dict)
     measured_at: str = "inputs"
     baseline: str = "zero"
 
@@ -81,23 +84,25 @@ class Audit:
     @property
     def costs(self) -> str:
         """The modality without which the score is worst, all others given; empty where losing one costs nothing."""
-        lost = self._lost_without
-        gone = max(lost, key=lambda m: _cost(lost[m]), default=None)
-        if gone is None or _cost(lost[gone]) <= 0:
+        lost = {m: _cost(x) for m, x in self._lost_without.items()}
+        most = max(lost.values(), default=0)
+        if most <= 0:
             return ""
-        score = next(x for subset, x in self.missing.scores.items() if set(subset) == set(self.share) - {gone})
-        return f"Losing {gone} costs most: {self.missing.metric} {self.missing.full:.3g} becomes {score:.3g}."
+        gone = [m for m in self.share if lost.get(m) == most]
+        score = next(x for subset, x in self.missing.scores.items() if set(subset) == set(self.share) - {gone[0]})
+        return f"Losing {' or '.join(gone)} costs most: {self.missing.metric} {self.missing.full:.3g} becomes {score:.3g}."
 
     @property
     def disagreement(self) -> str:
-        """Where another measurement does not bear the shares out; empty where all agree. Scales disagree where other modalities clearly
-        lead. The scores disagree where the clearly leading modality is not the one that costs most to lose, or where it leads by more
-        than twice the share of the second, but costs less than twice as much as another."""
+        """Where another measurement does not bear the shares out; empty where all agree. Scales, and the inputs beside them, disagree
+        where other modalities clearly lead. The scores disagree where the clearly leading modality is not the one that costs most to
+        lose, or where it leads by more than twice the share of the second, but costs less than twice as much as another."""
         found = []
-        leaders = {s: _leader({m: row[s] for m, row in self.share_by_scale.items()}) for s in range(len(self.scales))}
-        if len({m for m in leaders.values() if m}) > 1:
-            told = ", ".join(f"{m} leads at {self.scales[s]}" for s, m in leaders.items() if m)
-            found.append(f"The scales disagree: {told}.")
+        leaders = [(name, _leader({m: row[s] for m, row in self.share_by_scale.items()})) for s, name in enumerate(self.scales)]
+        leaders.append(("the inputs", _leader(self.share_at_inputs)))
+        if len({m for _, m in leaders if m}) > 1:
+            told = ", ".join(f"{m} leads at {name}" for name, m in leaders if m)
+            found.append(f"The {'places' if self.share_at_inputs else 'scales'} disagree: {told}.")
         first, lost = _leader(self.share), {m: _cost(x) for m, x in self._lost_without.items()}
         if first is not None and len(lost) > 1:
             second = max((m for m in self.share if m != first), key=lambda m: self.share[m].mean)
@@ -130,6 +135,9 @@ class Audit:
             table.add_section()
             for k, m in enumerate(self.share):
                 table.add_row("" if k else name, m, percent(self.share_by_scale[m][s]), number(self.information[m][s]))
+        table.add_section()
+        for k, (m, x) in enumerate(self.share_at_inputs.items()):
+            table.add_row("" if k else "inputs", m, percent(x))
         over = f"Means over {self.samples} samples, with 95 % intervals."
         return printable(f"{self.verdict}\n\n{rendered(table)}\n{over}\n\n{self.missing.table()}")
 
@@ -146,6 +154,7 @@ class Audit:
             "modalities": list(self.share),
             "scales": self.scales,
             "share": {m: x._asdict() for m, x in self.share.items()},
+            "share_at_inputs": {m: x._asdict() for m, x in self.share_at_inputs.items()},
             "share_by_scale": {m: [x._asdict() for x in row] for m, row in self.share_by_scale.items()},
             "information": {m: [x._asdict() for x in row] for m, row in self.information.items()},
             "missing": self.missing.to_dict(),

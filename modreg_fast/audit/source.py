@@ -1,23 +1,34 @@
-"""Where the measurement takes place: the inputs of a model, or what modules of it return."""
+"""Where the measurement takes place: the inputs of a model, or what modules of it return, and then the inputs beside them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modreg_fast import _validate as validate
-from modreg_fast._evaluation import Model, check_model
+from modreg_fast._evaluation import Model, check_model, copied
 from modreg_fast.capture import Entry, capture
 
 Features = dict[str, list[Tensor]]
 Entries = Mapping[str, Entry | Sequence[Entry]]
-Forward = Callable[[dict[str, Any]], tuple[Tensor, Features]]
+Inputs = dict[str, Any]
+
+
+class Traced(NamedTuple):
+    """A pass of the model, traced from its scores back to the features and, where these are those of modules, to the inputs."""
+
+    scores: Tensor
+    features: Features  # of the modalities that the inputs hold
+    inputs: dict[str, Tensor]  # those that autograd can trace
+
+
+Forward = Callable[[Inputs], Traced]
 
 
 def source(model: Model, features: Entries | None) -> contextlib.AbstractContextManager[Forward]:
-    """``inputs -> (scores, features)``; the features are those of the modalities that the inputs hold."""
+    """``inputs -> Traced``."""
     check_model(model, "audit")
     if features is not None:
         if not isinstance(model, nn.Module):
@@ -26,14 +37,26 @@ def source(model: Model, features: Entries | None) -> contextlib.AbstractContext
     return contextlib.nullcontext(lambda inputs: _inputs(model, inputs))
 
 
-def _inputs(model: Model, inputs: dict[str, Any]) -> tuple[Tensor, Features]:
+def _run(model: Model, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scores, and the inputs that autograd traces them back to. The model gets copies."""
+    leaves = {m: x.requires_grad_() for m, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    scores = model(copied(inputs))
+    if not isinstance(scores, Tensor) or scores.dim() < 2 or not scores.requires_grad:
+        kind = f"shape {validate.shape(scores)}" if isinstance(scores, Tensor) else type(scores).__name__
+        without = " without a gradient" if isinstance(scores, Tensor) and not scores.requires_grad else ""
+        expected = "class scores (B, K, *spatial) with a gradient"
+        validate.fail("audit", "what the model returns", expected, kind + without, TypeError)
+    return scores, leaves
+
+
+def _inputs(model: Model, inputs: Inputs) -> Traced:
     given = {name: x for name, x in inputs.items() if x is not None}
     for name, x in given.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             validate.fail("audit", f"inputs[{name!r}]", "a floating point tensor, or name modules with features=", got, TypeError)
-    leaves = {name: x.requires_grad_() for name, x in given.items()}
-    return _scores(model({**inputs, **leaves})), {name: [x] for name, x in leaves.items()}
+    scores, leaves = _run(model, inputs)
+    return Traced(scores, {name: [leaves[name]] for name in given}, {})
 
 
 @contextlib.contextmanager
@@ -45,12 +68,8 @@ def _modules(model: nn.Module, features: Entries) -> Iterator[Forward]:
     owners: dict[tuple[str, ...], list[str]] = {}
     with capture(model, {group[0]: features[group[0]] for group in groups.values()}) as captured:
 
-        def forward(inputs: dict[str, Any]) -> tuple[Tensor, Features]:
-            if len(groups) < len(features):
-                inputs = {
-                    m: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for m, x in inputs.items()
-                }
-            scores = _scores(model(inputs))
+        def forward(inputs: Inputs) -> Traced:
+            scores, leaves = _run(model, inputs)
             found: Features = {}
             for first, *others in groups.values():
                 group = [name for name in (first, *others) if inputs.get(name) is not None]
@@ -60,7 +79,7 @@ def _modules(model: nn.Module, features: Entries) -> Iterator[Forward]:
                     owners[key] = [_owner(run, {name: inputs[name] for name in group}, first) for run in runs]
                 owner = owners[key] if others else [first] * len(runs)
                 found |= {name: [run for run, by in zip(runs, owner, strict=True) if by == name] for name in group}
-            return scores, {name: found[name] for name in features if name in found}
+            return Traced(scores, {name: found[name] for name in features if name in found}, leaves)
 
         yield forward
 
@@ -76,10 +95,3 @@ def _owner(run: Tensor, inputs: dict[str, Any], first: str) -> str:
             "audit", f"features[{first!r}]", expected, f"a run that depends on {', '.join(map(repr, found)) or 'none of them'}"
         )
     return found[0]
-
-
-def _scores(scores: object) -> Tensor:
-    if not isinstance(scores, Tensor) or scores.dim() < 2 or not scores.requires_grad:
-        kind = f"shape {validate.shape(scores)} without a gradient" if isinstance(scores, Tensor) else type(scores).__name__
-        validate.fail("audit", "what the model returns", "class scores (B, K, *spatial) with a gradient", kind, TypeError)
-    return scores

@@ -92,9 +92,10 @@ class Accuracy(nn.Module):
         with extra("audit"):
             from torchmetrics.classification import MulticlassAccuracy
         self.ignore_index = ignore_index
-        self.metric = MulticlassAccuracy(
-            max(count, 2), average="micro", ignore_index=-1, process_group=group, sync_on_compute=group is not None
-        )
+        with torch.device("cpu"):  # to start with, whatever the default device is
+            self.metric = MulticlassAccuracy(
+                max(count, 2), average="micro", ignore_index=-1, process_group=group, sync_on_compute=group is not None
+            )
 
     def check(self, scores: Tensor, found: Tensor | None) -> Tensor:
         if found is None:
