@@ -104,8 +104,11 @@ class AdaptiveWeight(_Averages):
                 gradients of an ``nn.Parameter`` are summed over the ranks before the norm, as DDP does; other tensors are parts of one
                 batch, whose squared norms are summed.
         """
+        name = type(self).__name__
+        for argument, loss in (("task", task), ("penalty", penalty)):
+            if validate.tensor(loss, name, argument).dim() > 0:
+                validate.fail(name, argument, "a scalar", f"shape {validate.shape(loss)}")
         if self.training:
-            name = type(self).__name__
             tensors = [
                 validate.tensor(x, name, f"tensors[{i}]") for i, x in enumerate(validate.sequence(tensors, name, "tensors"))
             ]
@@ -201,7 +204,7 @@ class QualityTarget(_Averages):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        self.modalities = list(validate.sequence(modalities, name, "modalities"))
+        self.modalities = list(validate.different(modalities, name, "modalities"))
         if validate.positive_integer(classes, name, "classes") < 2:
             validate.fail(name, "classes", "at least 2", classes)
         self.smoothing = validate.number(smoothing, name, "smoothing")
@@ -252,7 +255,7 @@ class QualityTarget(_Averages):
         name, classes = type(self).__name__, self.labels.shape[1]
         if set(validate.modalities(scores, name, "scores")) != set(self.modalities):
             validate.fail(name, "scores", f"of the modalities {self.modalities}", list(scores))
-        validate.tensor(labels, name, "labels", dtypes=(torch.int64, torch.int32, torch.uint8))
+        validate.tensor(labels, name, "labels", dtypes=validate.INTEGERS)
         valid = torch.ones_like(labels, dtype=torch.bool)
         if mask is not None:
             validate.same(validate.tensor(mask, name, "mask", dtypes=(torch.bool,)), labels, name, "mask", "labels")
@@ -266,7 +269,10 @@ class QualityTarget(_Averages):
             if tuple(x.shape) != expected:
                 validate.fail(name, f"scores[{m!r}]", f"of shape {expected}", validate.shape(x))
             held = valid if present is None else valid & present[:, i].view(-1, *[1] * (labels.dim() - 1))
-            known = labels[held].long()
+            known = labels.long()[held]
+            if known.numel() and not 0 <= (low := int(known.min())) <= (high := int(known.max())) < classes:
+                range_ = f"in [0, {classes}) where mask does not leave them out"
+                validate.fail(name, "labels", range_, low if low < 0 else high)
             losses.append(F.cross_entropy(x.movedim(1, -1)[held].float(), known, reduction="sum"))
             counts.append(torch.bincount(known, minlength=classes).to(x.device, torch.float32))
         batch = sum_over_ranks(torch.cat([torch.stack(losses)[:, None], torch.stack(counts)], 1), self.process_group)

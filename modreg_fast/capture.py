@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from modreg_fast import _validate as validate
 
@@ -136,11 +137,11 @@ class _Recorder:
         elif not self.inside[i]:  # a recomputation has to do as the run that it repeats
             return None
         tensors = _pick(output, source)
-        leaves: dict[int, Tensor] = {}
+        grown: dict[int, Tensor] = {}
         if with_gradients:
-            leaves = {id(x): _leaf(x) for x in tensors if not x.requires_grad and x.is_floating_point()}
-        if leaves:
-            output = _replaced(output, leaves)
+            grown = {id(x): _with_gradient(x) for x in tensors if not x.requires_grad and x.is_floating_point()}
+        if grown:
+            output = _replaced(output, grown)
             tensors = _pick(output, source)
             for x in tensors:
                 if x.is_floating_point():
@@ -152,7 +153,7 @@ class _Recorder:
                     "use_reentrant=False where it is checkpointed, requires_grad_(False) on its parameters where it is frozen"
                 )
             self.runs[i].append(tensors)
-        return output if leaves else None
+        return output if grown else None
 
     def finish(self, _: object) -> None:
         if _recomputing():
@@ -228,9 +229,24 @@ def _label(source: _Source) -> str:
     return repr(source.name if source.run is None else f"{source.name}#{source.run}")
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """The same values in a tensor that requires grad; in the same memory, unless autograd refuses it."""
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+def _with_gradient(x: Tensor) -> Tensor:
+    """The same values in a tensor that requires and keeps a gradient; in the same memory, unless autograd refuses it. No leaf, for the
+    model may go on by an operation in place."""
+    grown: Tensor = _Same.apply((x.clone() if x.is_inference() else x.detach()).requires_grad_())
+    grown.retain_grad()
+    return grown
+
+
+class _Same(Function):
+    """The identity, in the same memory but no view of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream
 
 
 def _replaced(output: Any, tensors: Mapping[int, Tensor]) -> Any:

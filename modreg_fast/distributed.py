@@ -1,7 +1,7 @@
 """Sums and means over the ranks of a process group, differentiable; results of all ranks; modules that hold a group."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,19 @@ class Grouped(nn.Module):
 
     A copy (``copy.deepcopy``, ``AveragedModel``) shares them. A pickle keeps of the default group that it was the default one, which it
     is again wherever it is loaded, or None where no group is initialised; of another group nothing is kept, and loading warns."""
+
+    process_group: "dist.ProcessGroup | None" = None
+    spatial_group: "dist.ProcessGroup | None" = None
+
+    def by_name(self, values: Mapping[str, T], present: Any = None) -> tuple[Mapping[str, T], Any]:
+        """Where ranks meet the modalities in the order of their names, for each rank may list them in another, and ``present`` with
+        them."""
+        if self.process_group is None and self.spatial_group is None:
+            return values, present
+        columns, names = list(values), sorted(values, key=str)
+        if isinstance(present, Tensor) and present.shape[1:] == (len(names),):
+            present = torch.stack([present[:, columns.index(m)] for m in names], 1)
+        return {m: values[m] for m in names}, present
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: _Shared(x) if isinstance(x, dist.ProcessGroup) else x for name, x in self.__dict__.items()}

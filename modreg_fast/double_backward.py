@@ -1,8 +1,10 @@
 """Gradients that are differentiated again, and what stands in the way of that."""
 
 import functools
+import itertools
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +49,8 @@ def differentiable(given: object, function: str, argument: str, batch: int, spat
 
 def without_graph(what: str, x: Tensor) -> str:
     """``what``, and why: gradients may be switched off around the call."""
+    if torch._C._are_functorch_transforms_active():
+        return f"{what}: inside of a transform of torch.func, of which only grad, vjp and jacrev by this very tensor give one"
     if torch.is_inference_mode_enabled():
         return f"{what}: inference mode is on (torch.inference_mode, the default of Lightning's validation)"
     if not torch.is_grad_enabled():
@@ -57,14 +61,19 @@ def without_graph(what: str, x: Tensor) -> str:
 
 
 @torch.compiler.disable(reason="modreg_fast differentiates with create_graph=True, which torch.compile cannot trace")
-def gradients(score: Tensor, inputs: Sequence[Tensor], function: str) -> list[Tensor]:
-    """Gradients of a scalar by ``inputs``, zero where it does not depend on one, that can be differentiated again.
+def gradients(
+    score: Tensor, features: Mapping[str, Tensor | Sequence[Tensor]], function: str, present: Tensor | None = None
+) -> list[Tensor]:
+    """Gradients of a scalar by the tensors of each modality, in their order, zero where it does not depend on one, that can be
+    differentiated again. It warns of a modality that some sample has, ``present`` ``(B, M)``, and the score does not depend on at all.
 
     Raises:
-        ValueError: no path from ``inputs`` to ``score``.
+        ValueError: no path from any tensor to ``score``.
         RuntimeError: an operation on the path that PyTorch cannot differentiate twice. The message names it and the cure. Left alone,
             most of them would fail in the outer backward pass, far from here.
     """
+    rows = [[x] if isinstance(x, Tensor) else x for x in features.values()]
+    inputs = [x for row in rows for x in row]
     if not score.requires_grad:
         expected = "computed from the given tensors with gradients enabled"
         validate.fail(function, "the score", expected, without_graph("one without a graph", score))
@@ -78,6 +87,15 @@ def gradients(score: Tensor, inputs: Sequence[Tensor], function: str) -> list[Te
     if all(g is None for g in found):
         # As are the features and scores of a model that torch.compile took as a whole.
         validate.fail(function, "the score", "computed from the given tensors themselves", "one that depends on none of them")
+    found_of = iter(found)
+    for i, (m, row) in enumerate(zip(features, rows, strict=True)):
+        unused = all([g is None for g in itertools.islice(found_of, len(row))])
+        if unused and (present is None or present[:, i].any()):
+            warnings.warn(
+                f"{function}: nothing that was computed from the tensors of {m!r} reaches the score, so its gradient is 0 and stays 0. "
+                "Pass the tensors that the network goes on with; leave out, or mark with present=, what it does without",
+                stacklevel=2,
+            )
     obstacle = _obstacle([g for g in found if g is not None], inputs)
     if obstacle is not None:
         raise _wall(function, obstacle)

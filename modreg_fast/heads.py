@@ -57,12 +57,12 @@ def each_alone(
     names = list(validate.modalities(features, "each_alone", "features"))
     if not callable(head):
         validate.fail("each_alone", "head", "a module or a function", type(head).__name__, TypeError)
-    batch = _batch(features)
+    batch = _batch(features, "each_alone")
     nothing = _nothing(features, absent, batch)
     given = [{m: features[m] if m == alone else nothing[m] for m in names} for alone in names]
     with _running_statistics_as_they_are(head):
-        if not batched:
-            return {m: head(x) for m, x in zip(names, given, strict=True)}
+        if not batched:  # copies, as one batch is one: a head may write into what it gets
+            return {m: head(tree_map(torch.clone, x)) for m, x in zip(names, given, strict=True)}
         together = head(tree_map(lambda *xs: torch.cat(xs), *given))
 
     def parts(x: Any) -> Sequence[Any]:
@@ -76,16 +76,16 @@ def each_alone(
     return {m: tree_unflatten(list(x), form) for m, x in zip(names, zip(*map(parts, leaves), strict=True), strict=True)}
 
 
-def _batch(features: Mapping[str, Features]) -> int:
+def _batch(features: Mapping[str, Features], function: str) -> int:
     batch = None
     for m, value in features.items():
-        scales = [value] if isinstance(value, Tensor) else validate.sequence(value, "each_alone", f"features[{m!r}]")
+        scales = [value] if isinstance(value, Tensor) else validate.sequence(value, function, f"features[{m!r}]")
         for x in scales:
             if not isinstance(x, Tensor) or x.dim() == 0:
                 got = "a scalar" if isinstance(x, Tensor) else type(x).__name__
-                validate.fail("each_alone", f"features[{m!r}]", "a tensor (B, ...) or a list of them", got, TypeError)
+                validate.fail(function, f"features[{m!r}]", "a tensor (B, ...) or a list of them", got, TypeError)
             if batch is not None and len(x) != batch:
-                validate.fail("each_alone", f"features[{m!r}]", f"of batch size {batch} like the first", len(x))
+                validate.fail(function, f"features[{m!r}]", f"of batch size {batch} like the first", len(x))
             batch = len(x)
     assert batch is not None
     return batch
@@ -191,12 +191,15 @@ class ModalityHeads(nn.Module):
                 validate.fail(name, "heads", "a mapping from modality to module, or a function", type(heads).__name__, TypeError)
             if modalities is None:
                 validate.fail(name, "modalities", "the names that heads is to be called with", "None")
-            heads = {m: heads(m) for m in validate.sequence(modalities, name, "modalities")}
+            heads = {m: heads(m) for m in validate.different(modalities, name, "modalities")}
         elif modalities is not None:
             validate.fail(name, "modalities", "None where heads is a mapping", list(modalities))
         for m, head in validate.modalities(heads, name, "heads", "modules").items():
             if not isinstance(head, nn.Module):
                 validate.fail(name, f"heads[{m!r}]", "a module", type(head).__name__, TypeError)
+            if not isinstance(m, str) or not m or "." in m or hasattr(nn.ModuleDict, m):
+                expected = "names that torch.nn.ModuleDict takes (no dot, and not one of its methods, such as 'values' or 'type')"
+                validate.fail(name, "heads", expected, repr(m))
         if not isinstance(joint, nn.Module):
             validate.fail(name, "joint", "a module", type(joint).__name__, TypeError)
         self.joint = joint
@@ -216,20 +219,25 @@ class ModalityHeads(nn.Module):
         missing = [m for m in self.heads if m not in features]
         if unknown or (missing and self.training):
             validate.fail(name, "features", f"of the modalities {', '.join(map(repr, self.heads))}", list(features))
+        features = {m: features[m] for m in self.heads if m in features}  # a head may go by their order
         if self.training:
             return ModalityLogits(self.joint(features), {m: head(features[m]) for m, head in self.heads.items()})
         if present is None and not missing:
             return self.joint(features)
+        if present is not None:
+            device = tree_flatten(features)[0][0].device
+            present = validate.present(present, _batch(features, name), len(self.heads), device, name)
+            nobody = ~present.any(1)  # the joint head speaks for such a sample
+            features = {m: _held(features[m], present[:, i] | nobody) for i, m in enumerate(self.heads) if m in features}
         alone = {m: head(features[m]) for m, head in self.heads.items() if m in features}
         first = next(iter(alone.values()))
         if present is None:
             return self._mean(list(alone.values()), first.new_ones((len(first), len(alone)), dtype=torch.bool))
-        present = validate.present(present, len(first), len(self.heads), first.device, name)
         held = present[:, [i for i, m in enumerate(self.heads) if m in features]]
         own = self._mean(list(alone.values()), held)
         if missing:
             return own
-        complete = present.all(1) | ~present.any(1)
+        complete = present.all(1) | nobody
         return torch.where(complete.view(-1, *[1] * (own.dim() - 1)), self.joint(features), own)
 
     def _mean(self, logits: list[Tensor], held: Tensor) -> Tensor:
@@ -237,3 +245,8 @@ class ModalityHeads(nn.Module):
         log_p = torch.stack([x.log_softmax(self.channel_dim) for x in logits], 1)
         held = held.view(*held.shape, *[1] * (log_p.dim() - 2))
         return torch.where(held, log_p, -torch.inf).logsumexp(1) - held.sum(1).log()
+
+
+def _held(features: Features, samples: Tensor) -> Features:
+    """0 where a sample lacks the modality: what stands there, such as NaN, is not to reach a head, nor its gradient."""
+    return tree_map(lambda x: torch.where(samples.view(-1, *[1] * (x.dim() - 1)), x, 0), features)

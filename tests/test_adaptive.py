@@ -180,6 +180,17 @@ ADAPTIVE_ERRORS = {
     "no_tensors": (lambda: mrf.AdaptiveWeight()(*losses()[1:], []), "tensors must be non-empty"),
     "no_graph": (lambda: mrf.AdaptiveWeight()(torch.ones(()), losses()[2], [torch.ones(1)]), "task must be .* without a graph"),
     "unrelated": (lambda: mrf.AdaptiveWeight()(*losses()[1:], [losses()[0]]), "task must be computed from the given tensors"),
+    "number": (lambda: mrf.AdaptiveWeight()(1.0, *losses()[2:], [losses()[0]]), "task must be a tensor, got float"),
+    "vector": (lambda: mrf.AdaptiveWeight().eval()(*losses()[1:2], torch.ones(3), []), r"penalty must be a scalar, got shape"),
+    "twice": (lambda: mrf.QualityTarget(["a", "a"], 2), r"modalities must be different names, got \['a', 'a'\]"),
+    "class": (
+        lambda: quality()(dict.fromkeys("ab", torch.zeros(2, 3)), torch.tensor([0, 255])),
+        r"labels must be in \[0, 3\).*255",
+    ),
+    "below": (
+        lambda: quality()(dict.fromkeys("ab", torch.zeros(2, 3)), torch.tensor([-100, 1])),
+        r"labels must be in .* got -100",
+    ),
     "modalities": (lambda: mrf.QualityTarget([], 2), "modalities must be non-empty"),
     "classes": (lambda: mrf.QualityTarget("ab", 2), "modalities must be a list or tuple"),
     "one_class": (lambda: mrf.QualityTarget(["a"], 1), "classes must be at least 2"),

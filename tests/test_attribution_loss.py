@@ -256,7 +256,8 @@ def test_tokens(backend):
 def test_unused_modality_has_no_share(backend):
     head, features, scores = scene()
     features["unused"] = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    value, details = mrf.AttributionLoss(backend=backend)(scores, features, return_details=True)
+    with pytest.warns(UserWarning, match="AttributionLoss: nothing .* 'unused' reaches the score, so its gradient is 0"):
+        value, details = mrf.AttributionLoss(backend=backend)(scores, features, return_details=True)
     assert details.share["unused"] == 0 and value.isfinite()
     gradients = helpers.gradients(value, [*features.values(), *head.parameters()], None)
     assert all(g.isfinite().all() for g in gradients) and (gradients[3] == 0).all()

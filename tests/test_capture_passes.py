@@ -323,6 +323,20 @@ def test_frozen_encoder_that_switches_gradients_off(off):
     assert features["rgb"][0].grad.abs().sum() > 0 and model.head.weight.grad.abs().sum() > 0
 
 
+def test_frozen_encoder_whose_output_is_changed_in_place():
+    """The recorded tensor is what it became, and the model's own result stays."""
+    model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    expected = model(x)
+    with mrf.capture(model, {"a": "0"}) as features:
+        scores = model(x)
+    assert torch.equal(scores, expected) and torch.equal(features["a"][0], model[0](x).relu())
+    (g,) = torch.autograd.grad(scores.sum(), features["a"], retain_graph=True)
+    torch.testing.assert_close(g, model[2].weight.sum(0).expand(5, 4))
+    mrf.AttributionLoss()(scores, features).backward()
+    assert model[2].weight.grad.isfinite().all()
+
+
 class Siamese(nn.Module):
     def __init__(self):
         super().__init__()

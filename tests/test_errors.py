@@ -393,8 +393,22 @@ def test_index_out_of_range_is_an_error():
     """In eager code on the CPU; nothing is read outside of the scores."""
     x = {m: leaf(2, 3) for m in ("video", "audio")}
     for index in (-1, 3, 255):
-        with pytest.raises((ValueError, RuntimeError), match="index"):
+        with raises(ValueError, AL, f"index must be in [0, 3) where mask does not leave it out, got {index}"):
             mrf.AttributionLoss()(sum(x.values()), x, index=torch.tensor([0, index]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transforms_that_give_no_gradient():
+    """func.grad by the tensor itself works; the rest says what it is inside of."""
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+
+    def penalty(a):
+        other = (2 * a).sin()
+        return mrf.AttributionLoss()((a * b).exp() + other, {"video": a, "audio": other})
+
+    assert torch.func.grad(penalty)(a).isfinite().all()
+    with raises(ValueError, AL, "requires grad", "inside of a transform of torch.func"):
+        torch.func.jvp(penalty, (a,), (b,))
 
 
 def test_unavailable_backend_says_why(monkeypatch):

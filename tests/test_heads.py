@@ -301,6 +301,39 @@ def test_evaluate_missing_audit_and_capture():
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_features_go_by_name(training):
+    """The joint head, which may go by their order, gets them in the order of the heads."""
+    model, f = heads(("rgb", "depth")).train(training), features(4)
+    a, b = model(f), model(dict(reversed(f.items())))
+    assert torch.equal(a.joint, b.joint) if training else torch.equal(a, b)
+
+
+def test_gradients_do_not_see_what_is_absent():
+    """NaN in the place of an absent modality, whose head a gradient would take times 0."""
+    model, f = heads(("rgb", "depth")).eval(), features(4)
+    present = torch.tensor([[True, False], [True, True], [False, True], [True, True]])
+    holed = {m: torch.where(present[:, i].view(-1, 1, 1, 1), x, torch.nan).detach() for i, (m, x) in enumerate(f.items())}
+    found = {}
+    for fill, given in (("nan", holed), ("zeros", {m: x.nan_to_num(0) for m, x in holed.items()})):
+        model.zero_grad()
+        logits = model(given, present=present)
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        found[fill] = [logits, *(p.grad.clone() for p in model.parameters())]
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found["nan"], found["zeros"], strict=True))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_head_that_writes_into_what_it_gets(batched):
+    def head(f):
+        return sum(x.add_(10 ** (i + 1)).flatten(1).sum(1, keepdim=True) for i, x in enumerate(f.values()))
+
+    f = {m: torch.full((2, 1), float(i)) for i, m in enumerate("abc")}
+    alone = mrf.each_alone(head, f, {m: torch.full((1, 1), 0.5) for m in f}, batched=batched)
+    assert [x.flatten().tolist() for x in alone.values()] == [[1111.0] * 2, [1112.0] * 2, [1113.0] * 2]
+    assert [x[0, 0].item() for x in f.values()] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -313,6 +346,15 @@ def test_evaluate_missing_audit_and_capture():
             "heads must be a mapping from modality to module, or a function",
         ),
         (lambda: mrf.ModalityHeads(nn.Identity(), lambda m: nn.Identity()), ValueError, "modalities must be the names"),
+        (
+            lambda: mrf.ModalityHeads(nn.Identity(), lambda m: nn.Identity(), ["a", "a"]),
+            ValueError,
+            r"modalities must be different names, got \['a', 'a'\]",
+        ),
+        *(
+            (lambda m=m: mrf.ModalityHeads(nn.Identity(), {m: nn.Identity()}), ValueError, f"heads must be names .* got {m!r}")
+            for m in ("s1.vv", "values", "type", "", 1)
+        ),
     ],
 )
 def test_errors_of_the_heads(call, error, message):

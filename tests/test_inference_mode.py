@@ -99,7 +99,10 @@ def test_default_device(backend):
         target = quality({m: y.detach() for m, y in x.items()}, LABELS, mask=MASK, present=PRESENT)
         with mrf.capture(torch.nn.Flatten(), {"a": ""}) as features:
             torch.nn.Flatten()(x["a"])
+        data = [({m: y.detach() for m, y in x.items()}, LABELS)]
+        audit = mrf.audit(lambda x: x["a"] * 2 + x["b"], data, drop="noise", baseline="mean", progress=False)
+        audit.to_html()
     finally:
         torch.set_default_device(None)
-    assert features == {"a": []} and sum(target.values()) == pytest.approx(1)
+    assert features == {"a": []} and audit.share["a"].mean > 0.5 and sum(target.values()) == pytest.approx(1)
     assert value.device.type == "cpu" and all(y.grad.isfinite().all() and y.grad.device.type == "cpu" for y in x.values())

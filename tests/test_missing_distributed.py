@@ -2,10 +2,10 @@
 
 from datetime import timedelta
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torchmetrics.classification import MulticlassAccuracy
 
 import modreg_fast as mrf
@@ -30,6 +30,19 @@ def batches():
     draw = [({m: torch.randn(5, 3, generator=generator) for m in ("rgb", "depth")}, torch.arange(5) % 3) for _ in range(2)]
     draw[0][0]["rgb"] *= 3
     return draw
+
+
+def losses(group, batch, order):
+    """Of every loss, the modalities in some order."""
+    x, y = batch
+    x = {m: x[m].clone().requires_grad_() for m in order(["rgb", "depth"])}
+    present = torch.stack([(y > 0) | (m == "rgb") for m in x], 1)
+    scores, options = 2 * x["rgb"] + x["depth"], {"process_group": group}
+    yield mrf.ModalityCrossEntropy(information_weight=0.1, **options)(x, y, present=present)
+    yield mrf.FunctionalEntropyLoss(1.0, objective="log", **options)({m: [v] for m, v in x.items()}, present=present)
+    yield mrf.AttributionLoss({"rgb": 3, "depth": 1}, **options)(scores, x, present=present)
+    values = torch.nn.functional.cross_entropy(scores, y, reduction="none")
+    yield mrf.FunctionalEntropyLoss(prediction_weight=1.0, **options).prediction_term(values, x)
 
 
 def work(rank, store, results):
@@ -66,15 +79,12 @@ def work(rank, store, results):
     if details is not None:
         found["share"] = details.share
     found["gradient"] = torch.autograd.grad(found["penalty"], list(features.values()))
+    found["by_name"] = list(losses(dist.group.WORLD, mine[0], reversed if rank else list))
     torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder / "store"), str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+ranks = helpers.ranks(work, RANKS)
 
 
 def test_what_fails_on_one_rank_fails_on_all_and_subsets_go_by_name(ranks):
@@ -82,6 +92,14 @@ def test_what_fails_on_one_rank_fails_on_all_and_subsets_go_by_name(ranks):
     for found in ranks:
         assert found["scores"] == pytest.approx(expected) and list(found["scores"]) == list(expected)
     assert len(set(expected.values())) > 1
+
+
+def test_losses_go_by_name(ranks):
+    """Ranks that list their modalities, and with them present, in another order add up like with like."""
+    whole = {m: torch.cat([x[m] for x, _ in batches()]) for m in ("rgb", "depth")}, torch.cat([y for _, y in batches()])
+    expected = [x.item() for x in losses(None, whole, list)]
+    for found in ranks:
+        assert [x.item() for x in found["by_name"]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_details_may_be_wanted_on_one_rank_alone(ranks):

@@ -147,6 +147,20 @@ def test_class_weight_is_a_buffer_and_copies_are_equal(backend):
     assert "ignore_index=255" in repr(criterion)
 
 
+def test_gradients_per_sample():
+    """vmap over grad: nobody can look at a target there, at whatever depth it is wrapped."""
+    x, y = torch.randn(4, 2, 3, dtype=torch.float64), torch.randint(3, (4,))
+    criterion = mrf.ModalityCrossEntropy(information_weight=0.1)
+
+    def loss(x, y):
+        return criterion({"rgb": x[:1], "depth": x[1:]}, y[None])
+
+    found = torch.func.vmap(torch.func.grad(loss))(x, y)
+    for sample, target, gradient in zip(x, y, found, strict=True):
+        sample = sample.clone().requires_grad_()
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss(sample, target), sample)[0])
+
+
 def test_autocast(backend):
     """16-bit logits, as a network under autocast gives them; the loss is float32."""
     layer = torch.nn.Conv2d(3, 5, 1)
@@ -184,8 +198,18 @@ def test_autocast(backend):
         (
             lambda: mrf.ModalityCrossEntropy()({"a": torch.zeros(1, 2)}, torch.tensor([7])),
             ValueError,
-            r"target must be a class in \[0, 2\) or ignore_index \(-100\), got 7",
+            r"^ModalityCrossEntropy: target must be a class in \[0, 2\) or ignore_index \(-100\), got 7",
         ),
+        (
+            lambda: mrf.ModalityCrossEntropy()({"a": torch.zeros(2, 1)}, torch.zeros(2).long()),
+            ValueError,
+            r"logits\['a'\] must be of at least two classes \(of one logit z: .*\), got shape \(2, 1\)",
+        ),
+        (lambda: mrf.ModalityCrossEntropy(ignore_index=255.0), TypeError, "ignore_index must be an integer, got float"),
+        (lambda: mrf.ModalityCrossEntropy(ignore_index=2**70), ValueError, "ignore_index must be an integer of 64 bits"),
+        (lambda: mrf.ModalityCrossEntropy(label_smoothing=2), ValueError, "label_smoothing must be at most 1, got 2"),
+        (lambda: mrf.ModalityCrossEntropy(class_weight=torch.tensor([1.0, -1])), ValueError, "class_weight must be at least 0"),
+        (lambda: mrf.ModalityCrossEntropy(class_weight=torch.tensor([torch.nan])), ValueError, "class_weight must be at least 0"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

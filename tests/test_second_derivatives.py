@@ -268,15 +268,15 @@ def differentiated(function, x, gradients):
     feature = x * 1.0
     found = torch.utils._pytree.tree_leaves(function(feature))
     score = sum((y * fixed(y, *y.shape)).sum() for y in found if y.is_floating_point() and y.requires_grad)
-    return gradients(score, [feature])[0].square().sum()
+    return gradients(score, feature).square().sum()
 
 
 def squares(function, x):
-    return differentiated(function, x, lambda score, inputs: gradients(score, inputs, "loss"))
+    return differentiated(function, x, lambda score, x: gradients(score, {"x": x}, "loss")[0])
 
 
 def squares_without_a_look(function, x):
-    return differentiated(function, x, lambda score, inputs: torch.autograd.grad(score, inputs, create_graph=True))
+    return differentiated(function, x, lambda score, x: torch.autograd.grad(score, x, create_graph=True)[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)

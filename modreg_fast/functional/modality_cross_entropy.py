@@ -114,17 +114,18 @@ def modality_sums(
             validate.fail(function, "weight", f"of shape {(classes,)} on {device} without gradient", got)
     if present is not None:
         present = validate.present(present, batch, len(checked), device, function)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        validate.fail(function, "ignore_index", "an integer", type(ignore_index).__name__, TypeError)
-    if validate.number(label_smoothing, function, "label_smoothing") > 1:
-        validate.fail(function, "label_smoothing", "at most 1", label_smoothing)
+    validate.ignore_index(ignore_index, function)
+    validate.fraction(label_smoothing, function, "label_smoothing")
     validate.number(eps, function, "eps")
     # No kernel runs over nothing.
     name = resolve(backend, checked[0], function, "modality_cross_entropy") if batch else "reference"
     target = target.flatten(1) if target.dim() > 1 else target.unsqueeze(1)
     problem = Problem(checked, target, weight, present, ignore_index, float(label_smoothing), float(eps), channel_dim)
-    sums = ModalitySums(*ops.modality_cross_entropy(problem, name))
-    if device.type != "cpu" and not torch._C._functorch.is_batchedtensor(sums.weights):
+    try:
+        sums = ModalitySums(*ops.modality_cross_entropy(problem, name))
+    except ValueError as error:
+        raise ValueError(str(error).replace("modality_cross_entropy", function, 1)) from None
+    if device.type != "cpu" and validate.unbatched(sums.weights):
         # To look would be to wait; the kernels make the sums NaN, and the device stops, as in torch.nn.functional.cross_entropy.
         message = f"{function}: target must be a class in [0, {classes}) or ignore_index ({ignore_index}), and weight not NaN"
         torch._assert_async((sums.weights >= 0).all(), message)
@@ -144,6 +145,9 @@ def _checked(
     for label, x in zip(labels, logits, strict=True):
         validate.same(x, logits[0], function, label, labels[0])
     checked = validate.promoted(checked)
+    if names is not None and checked[0].shape[channel_dim] == 1:
+        expected = "of at least two classes (of one logit z: torch.cat([torch.zeros_like(z), z], 1))"
+        validate.fail(function, labels[0], expected, f"shape {validate.shape(logits[0])}")
     checked_target = validate.tensor(target, function, "target", dtypes=validate.INTEGERS)
     spatial = (len(checked[0]), *spatial_shape(logits[0], channel_dim))
     if tuple(checked_target.shape) != spatial or checked_target.device != checked[0].device:

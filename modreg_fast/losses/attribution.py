@@ -113,7 +113,7 @@ class AttributionLoss(Grouped):
             return_details: return ``(penalty, AttributionDetails)``.
         """
         name = type(self).__name__
-        features = validate.modalities(features, name, "features")
+        features, present = self.by_name(validate.modalities(features, name, "features"), present)
         target = self.target if target is None else _shares(target, name)
         if target is not None and set(target) != set(features):
             validate.fail(name, "features", f"the modalities of target, {sorted(target)}", sorted(features))
@@ -122,11 +122,11 @@ class AttributionLoss(Grouped):
             validate.fail(name, "scores", "of shape (B, K, *spatial)", validate.shape(scores))
         batch = scores.shape[0]
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
-        flat = [
-            differentiable(x, name, f"features[{m!r}][{s}]", batch, self.spatial_group)
+        scales = [
+            [differentiable(x, name, f"features[{m!r}][{s}]", batch, self.spatial_group) for s, x in enumerate(row)]
             for m, row in zip(features, scales, strict=True)
-            for s, x in enumerate(row)
         ]
+        flat = [x for row in scales for x in row]
         shares = [1 / len(features) if target is None else target[m] for m in features]
         counts = None if present is None else self._counts(present, shares, scores)
         score = selected_score(scores, index, mask, name, None if counts is None else counts.any(1))
@@ -134,7 +134,7 @@ class AttributionLoss(Grouped):
         columns = [None if counts is None else counts[:, i] for i, row in enumerate(scales) for _ in row]
         unmasked = mask is None and present is None
         attribution = gradient_statistics(
-            gradients(score, flat, name),
+            gradients(score, dict(zip(features, scales, strict=True)), name, counts),
             features=flat,
             mask=None if unmasked else [self._feature_mask(mask, c, x) for c, x in zip(columns, flat, strict=True)],
             channel_dim=self.channel_dim,
@@ -222,5 +222,9 @@ def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, na
         index = validate.tensor(index, name, "index", dtypes=validate.INTEGERS)
         validate.same(index, positions, name, "index", "scores without its classes")
         valid_index = index.long() if mask is None else torch.where(mask, index.long(), 0)
+        if index.is_cpu and not torch.compiler.is_compiling() and validate.unbatched(valid_index):
+            bad = valid_index[(valid_index < 0) | (valid_index >= scores.shape[1])]
+            if len(bad):
+                validate.fail(name, "index", f"in [0, {scores.shape[1]}) where mask does not leave it out", int(bad[0]))
         selected = scores.gather(1, valid_index.unsqueeze(1)).squeeze(1)
     return (selected if mask is None else torch.where(mask, selected, 0)).sum()

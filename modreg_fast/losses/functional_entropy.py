@@ -145,7 +145,7 @@ class FunctionalEntropyLoss(Grouped):
             present: ``(B, M)`` bool in the order of ``features``: which sample has which modality.
             return_details: return ``(penalty, InformationDetails)``.
         """
-        features = validate.modalities(features, type(self).__name__, "features")
+        features, present = self.by_name(validate.modalities(features, type(self).__name__, "features"), present)
         information, counts = softmax_fisher_with_counts(
             list(features.values()),
             mask,
@@ -199,7 +199,7 @@ class FunctionalEntropyLoss(Grouped):
             return_details: return ``(penalty, InformationDetails)``.
         """
         name = f"{type(self).__name__}.prediction_term"
-        inputs = validate.modalities(inputs, name, "inputs")
+        inputs, _ = self.by_name(validate.modalities(inputs, name, "inputs"))
         values = validate.tensor(values, name, "values")
         if values.dim() == 0:
             validate.fail(name, "values", "of shape (B, *spatial)", "()")
@@ -209,11 +209,12 @@ class FunctionalEntropyLoss(Grouped):
             validate.same(mask, values, name, "mask", "values")
         tensors = [differentiable(x, name, f"inputs[{m!r}]", len(values), self.spatial_group) for m, x in inputs.items()]
         values = values.to(torch.promote_types(values.dtype, torch.float32))  # sums over many positions
-        information, counts = (self._by_pixel if granularity == "pixel" else self._by_sample)(values, tensors, mask, name)
+        by_name = dict(zip(inputs, tensors, strict=True))
+        information, counts = (self._by_pixel if granularity == "pixel" else self._by_sample)(values, by_name, mask, name)
         valid = None if mask is None else (counts > 0).expand_as(information).unsqueeze(1)
         return self._penalty(information.unsqueeze(1), valid, None, self.prediction_weight, list(inputs), return_details)
 
-    def _by_pixel(self, values: Tensor, tensors: list[Tensor], mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    def _by_pixel(self, values: Tensor, tensors: Mapping[str, Tensor], mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Information and number of valid pixels, ``(K, B)`` each."""
         masked = values if mask is None else torch.where(mask, values, 0)
         grads = gradients(masked.sum(), tensors, name)
@@ -231,7 +232,7 @@ class FunctionalEntropyLoss(Grouped):
         counts = [valid_pixels(m) for m in masks] if masks else [all_pixels(values, size) for size in sizes]
         return mean_over_parts(fisher, torch.stack(counts), self.spatial_group)
 
-    def _by_sample(self, values: Tensor, tensors: list[Tensor], mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    def _by_sample(self, values: Tensor, tensors: Mapping[str, Tensor], mask: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         """Information ``(K, B)`` and number of valid pixels ``(B,)``."""
         masked = values if mask is None else torch.where(mask, values, 0)
         count = sum_over_ranks(all_pixels(values, values.shape[1:]) if mask is None else valid_pixels(mask), self.spatial_group)

@@ -90,11 +90,13 @@ class ModalityCrossEntropy(Grouped):
         self.weight = validate.number(weight, name, "weight")
         self.joint_weight = validate.number(joint_weight, name, "joint_weight")
         self.information_weight = validate.number(information_weight, name, "information_weight")
-        self.register_buffer(
-            "class_weight", None if class_weight is None else validate.tensor(class_weight, name, "class_weight")
-        )
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        if class_weight is not None:
+            weights = validate.tensor(class_weight, name, "class_weight")
+            if weights.device.type != "meta" and not (weights >= 0).all():
+                validate.fail(name, "class_weight", "at least 0", weights.tolist())
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index = validate.ignore_index(ignore_index, name)
+        self.label_smoothing = validate.fraction(label_smoothing, name, "label_smoothing")
         self.objective = objective
         self.channel_dim = channel_dim
         self.eps = validate.number(eps, name, "eps")
@@ -154,7 +156,7 @@ class ModalityCrossEntropy(Grouped):
                 ``ignore_index`` is an error, on a GPU by an assertion on the device.
         """
         name = type(self).__name__
-        logits = validate.modalities(logits, name, "logits")
+        logits, present = self.by_name(validate.modalities(logits, name, "logits"), present)
         names, tensors = list(logits), list(logits.values())
         held = present
         if joint is not None:

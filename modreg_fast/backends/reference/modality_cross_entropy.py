@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modreg_fast._validate import unbatched
 from modreg_fast.backends.layout import flat, shaped_like
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype, keep
 
@@ -124,10 +125,8 @@ def _masked(problem: Problem, valid: Tensor) -> tuple[list[Tensor], list[Tensor]
 def forward(problem: Problem) -> Result:
     """In differentiable PyTorch."""
     # Under vmap, too, nobody can look.
-    if problem.target.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(problem.target):
-        error = problem.out_of_range()
-        if error is not None:
-            raise error
+    if problem.target.device.type == "cpu" and unbatched(problem.target) and (error := problem.out_of_range()):
+        raise error
     on, smoothing = _target(problem), problem.label_smoothing
     xs, counted, count = _masked(problem, on.valid)
     some = on.valid if problem.present is None else on.valid & problem.present.any(1, keepdim=True)
