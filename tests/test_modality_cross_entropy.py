@@ -350,6 +350,15 @@ def test_classes_that_are_ruled_out(backend):
     assert (lost.cross_entropy[:, 0] == INF).all() and lost.cross_entropy[:, 1].isfinite().all()
 
 
+def test_a_target_that_is_ruled_out_has_no_information(backend):
+    logits = torch.tensor([[[-INF], [0.5], [0.2]]], requires_grad=True)
+    sums = modality_cross_entropy([logits], torch.tensor([[0]]), backend=backend)
+    assert sums.cross_entropy.item() == INF and sums.information.item() == 0
+    assert (helpers.gradients([sums.information], [logits], None)[0] == 0).all()
+    (gradient,) = helpers.gradients([sums.cross_entropy], [logits], None)
+    helpers.assert_close(gradient[0, 1:, 0], logits[0, 1:, 0].softmax(0).detach().numpy(), 1e-6)
+
+
 def test_shift_of_the_logits_does_not_matter(backend):
     logits, target = given(2, (2, 5, 40), dtype=torch.float64)
     shifted = [x + 100 * torch.randn(2, 1, 40, dtype=torch.float64) for x in logits]

@@ -240,6 +240,19 @@ def test_nan_and_infinity_show_where_they_are_and_nowhere_else(backend, value, m
         helpers.assert_close(gradient[~hit], clean_gradient[~hit], 1e-5)  # other pixels of the sample may be computed another way
 
 
+def test_infinite_upstream_of_an_absent_modality(backend):
+    """It is not read: the gradients of the others are those without it."""
+    features = helpers.features(3, [(2, 5, 7)])
+    present = torch.tensor([[False, True, True], [True, True, True]])
+    found = []
+    for first in (INF, 0.0):
+        upstream = torch.ones(3, 1, 2)
+        upstream[0, 0, 0] = first
+        found.append(compute(features, backend, upstream, present=present)[1])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_nan_in_every_channel_of_a_pixel(backend, value):
     clean, spoiled = clean_and_spoiled(value, 1, 0, (1, slice(None), 5))
