@@ -245,7 +245,8 @@ class _Whole:
         if not isinstance(predictions, Tensor) or not isinstance(target, Tensor):
             got = f"{type(predictions).__name__} and {type(target).__name__}"
             validate.fail("evaluate_missing", "predictions and target", "tensors for a metric that is a function", got, TypeError)
-        self.seen.append((predictions.cpu(), target.cpu()))
+        # Copies: a model may write its next result, a loader its next batch, into the same memory.
+        self.seen.append((predictions.to("cpu", copy=True), target.to("cpu", copy=True)))
 
     def compute(self) -> Any:
         predictions, targets = (list(x) for x in zip(*self.seen, strict=True))

@@ -194,7 +194,7 @@ def test_a_logger_with_images_gets_the_picture(tmp_path):
 # ---- transformers ----
 
 
-def transformers_training(transformers, tmp_path, add, report_to):
+def transformers_training(transformers, tmp_path, add, report_to, max_steps=-1):
     class Trainer(transformers.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **_):
             labels = inputs.pop("labels")
@@ -204,7 +204,7 @@ def transformers_training(transformers, tmp_path, add, report_to):
 
     arguments = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=8, num_train_epochs=4, learning_rate=0.1, optim="sgd", report_to=report_to, seed=3,
-        save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, logging_strategy="no",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, logging_strategy="no", max_steps=max_steps,
     )  # fmt: skip
     trainer = Trainer(start(), arguments, train_dataset=samples())
     add(trainer)
@@ -238,6 +238,22 @@ def test_transformers(kind, tmp_path, monkeypatch):
     undisturbed = transformers_training(transformers, tmp_path, lambda trainer: None, [])
     for a, b in zip(trainer.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_transformers_stopped_within_an_epoch(tmp_path):
+    """By max_steps, after the first half of the first epoch."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from modreg_fast.integrations.transformers import ModalityCallback
+
+    callbacks = []
+
+    def add(trainer):
+        callbacks.append(ModalityCallback(trainer, Seen("missing")))
+        trainer.add_callback(callbacks[0])
+
+    trainer = transformers_training(transformers, tmp_path, add, [], max_steps=1)
+    assert trainer.state.epoch == 0.5 and list(callbacks[0].results) == [1]
 
 
 # ---- MMEngine ----

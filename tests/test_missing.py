@@ -155,6 +155,17 @@ def test_inputs_stay_as_they_are():
     assert all(torch.equal(x, torch.ones(3, 2)) for x in inputs.values())
 
 
+def test_a_model_that_returns_the_same_memory():
+    """A function metric sees every batch, not the last one as often as there are."""
+    memory = torch.empty(2)
+
+    def model(x):
+        return memory.copy_(x["a"])
+
+    data = [({"a": torch.full((2,), v)}, torch.zeros(2)) for v in (1.0, 5.0)]
+    assert mrf.evaluate_missing(model, data, lambda scores, target: scores.mean(), progress=False).full == 3
+
+
 def test_noise():
     """Standard normal, the same in all subsets and runs, another per batch, and none of the dropped values."""
     seen = []

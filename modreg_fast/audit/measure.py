@@ -118,7 +118,8 @@ def audit(
             occurs; None: all positions are valid.
         baseline: what counts as no contribution of a feature: ``"zero"``, or ``"mean"``, the mean of each channel over the valid positions
             of all samples, which makes the shares independent of constants that the model takes off again.
-        channel_dim: dimension of the channels in the features; 1, or -1 for tokens.
+        channel_dim: dimension of the channels in the features; 1, or -1 for tokens. In inputs beside them it is 1, unless all are
+            ``(B, N, C)`` too.
         drop: what takes the place of a missing modality, as in ``evaluate_missing``.
         allow_absent: whether a batch may lack a modality (no key, or None), else an error. Its samples then have share 0 of that modality
             and do not count in its information. With ``features`` the model must run the named modules all the same.
@@ -277,7 +278,8 @@ def _places(traced: Traced, channel_dim: int) -> list[_Place]:
     places = [_Place("features", traced.features, channel_dim)]
     inputs = {m: [x] for m in traced.features if (x := traced.inputs.get(m)) is not None and _is_plain(x)}
     if len(inputs) == len(traced.features):
-        places.append(_Place("inputs", inputs, 1))
+        tokens = all(x.dim() == 3 for (x,) in inputs.values())
+        places.append(_Place("inputs", inputs, channel_dim if tokens else 1))
     return places
 
 

@@ -1,5 +1,6 @@
 """A callback for the ``Trainer`` of transformers."""
 
+from math import ceil
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -44,7 +45,7 @@ class ModalityCallback(TrainerCallback):
         self.results: dict[int, Any] = {}
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        epochs = round(state.epoch or 0)
+        epochs = ceil((state.epoch or 0) - 1e-3)  # the number of the epoch that ends, also before its last batch by max_steps
         if not self.measuring.due(epochs):
             return
         result = self.results[epochs] = self.measuring(self.trainer.model)
