@@ -130,12 +130,22 @@ def feature(x: object, function: str, argument: str, channel_dim: int) -> Tensor
     x = tensor(x, function, argument)
     if x.dim() < 2:
         fail(function, argument, "of shape (B, C, *spatial)", shape(x))
+    channels(x, channel_dim, function, argument)
+    if 0 in x.shape[1:]:  # no samples are fine
+        fail(function, argument, "non-empty", f"shape {shape(x)}")
+    return x
+
+
+def channels(x: Tensor, channel_dim: object, function: str, argument: str) -> None:
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
         fail(function, "channel_dim", "an integer", type(channel_dim).__name__, TypeError)
     if not -x.dim() < channel_dim < x.dim() or channel_dim == 0:
         fail(function, "channel_dim", f"a dimension of {argument} {shape(x)} other than the batch", channel_dim)
-    if 0 in x.shape[1:]:  # no samples are fine
-        fail(function, argument, "non-empty", f"shape {shape(x)}")
+
+
+def flag(x: object, function: str, argument: str) -> bool:
+    if not isinstance(x, bool):
+        fail(function, argument, "True or False", repr(x), TypeError)
     return x
 
 

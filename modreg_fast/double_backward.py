@@ -31,10 +31,13 @@ _CURES = {
 }
 
 
-def differentiable(given: object, function: str, argument: str, batch: int, spatial_group: "ProcessGroup | None") -> Tensor:
+def differentiable(
+    given: object, function: str, argument: str, batch: int, channel_dim: int, spatial_group: "ProcessGroup | None"
+) -> Tensor:
     x = validate.tensor(given, function, argument)
     if x.dim() < 2 or x.shape[0] != batch:
         validate.fail(function, argument, f"of shape (B, C, *spatial) with batch size {batch}", validate.shape(x))
+    validate.channels(x, channel_dim, function, argument)
     if x.dim() == 2 and spatial_group is not None:
         validate.fail(function, argument, "a part of a map, (B, C, *spatial), with spatial_group", f"shape {validate.shape(x)}")
     if not x.requires_grad:

@@ -192,6 +192,7 @@ CASES = {
         SFI,
         "seed must be None when generator",
     ),
+    "detach": (lambda: information(detach_reference=1), T, SFI, "detach_reference must be True or False", "got 1"),
     "generator": (lambda: information(sigma=1.0, generator=7), T, SFI, "generator", "got int"),
     "eps": (lambda: information(eps=-1.0), V, SFI, "eps", "at least 0", "got -1"),
     "eps_text": (lambda: information(eps="1"), T, SFI, "eps must be a number", "got str"),
@@ -218,6 +219,7 @@ CASES = {
     "values_channel": (lambda: statistics(values=[X[:, :1]]), V, GS, "values[0]", "(2, 4, 5)", "got (2, 1, 4, 5)"),
     "statistics_mask": (lambda: statistics(mask=MASK.byte()), T, GS, "mask must be bool", "got torch.uint8"),
     "statistics_mask_count": (lambda: statistics(mask=[MASK, MASK]), V, GS, "one per", "(1)", "got 2 tensors"),
+    "statistics_maps": (lambda: statistics(maps="no"), T, GS, "maps must be True or False", "got 'no'"),
     "statistics_eps": (lambda: statistics(eps=float("nan")), V, GS, "eps", "got nan"),
     "statistics_backend": (lambda: statistics(backend="tpu"), V, GS, "backend must be one of", "got 'tpu'"),
     # ---- penalties and masks
@@ -239,6 +241,7 @@ CASES = {
     "penalty_eps": (lambda: balance_penalty(X[0], eps=-1), V, "balance_penalty: eps", "got -1"),
     "penalty_valid": (lambda: balance_penalty(X[0], valid=X[0]), T, "balance_penalty: valid must be bool", "got torch.float32"),
     "penalty_valid_shape": (lambda: balance_penalty(X[0], valid=MASK), V, "balance_penalty: valid", "(3, 4, 5)", "got (2, 4, 5)"),
+    "resize_number": (lambda: resize_mask(MASK, 3), T, "resize_mask: spatial must be a sequence of sizes", "got int"),
     "resize_rank": (lambda: resize_mask(torch.ones(1, 2, 2, 2, 2, dtype=torch.bool), (1,) * 4), V, "resize_mask: ", "got"),
     # ---- FunctionalEntropyLoss
     "loss_list": (lambda: fisher_loss([[X], [X]]), T, FEL, "features must be a mapping", "got list"),
@@ -254,6 +257,7 @@ CASES = {
     "loss_scales": (lambda: fisher_loss({"rgb": [X], "depth": [X, X]}), V, FEL, "features['depth']", "1 scales", "got 2"),
     "loss_mask": (lambda: fisher_loss(mask=MASK.long()), T, FEL, "mask must be bool", "got torch.int64"),
     "loss_present": (lambda: fisher_loss(present=PRESENT[:1]), V, FEL, "present", "(2, 2)", "got (1, 2)"),
+    "loss_detach": (lambda: fisher_loss(settings={"detach_reference": "no"}), T, FEL, "detach_reference must be True or False"),
     "loss_samples": (lambda: fisher_loss(settings={"samples": 0}), V, FEL, "samples", "got 0"),
     "loss_objective": (
         lambda: fisher_loss(settings={"objective": "sum"}),
@@ -339,6 +343,13 @@ CASES = {
         AL,
         "features['audio']",
         "batch",
+    ),
+    "attribution_channels": (
+        lambda: attribution(settings={"channel_dim": 7}),
+        V,
+        AL,
+        "channel_dim must be a dimension of features['video'][0]",
+        "got 7",
     ),
     "scores_rank": (lambda: attribution(scores=leaf(5)), V, AL, "scores must be of shape (B, K, *spatial)", "got (5,)"),
     "attribution_mask": (lambda: attribution(mask=MASK.int()), T, AL, "mask must be bool", "got torch.int32"),

@@ -78,6 +78,7 @@ def gradient_statistics(
     if mask is not None:
         masks = scale_masks(mask, [spatial_shape(g, channel_dim) for g in grads], batch, device, function)
     validate.number(eps, function, "eps")
+    validate.flag(maps, function, "maps")
     # No kernel runs over nothing.
     name = resolve(backend, grads[0], function, "gradient_statistics") if batch else "reference"
     problem = Problem(list(grads), list(features or ()), list(values or ()), masks, float(eps), maps, channel_dim)

@@ -40,6 +40,8 @@ def resize_mask(mask: Tensor, spatial: Sequence[int]) -> Tensor:
         tensor([[ True, False,  True]])
     """
     validate.tensor(mask, "resize_mask", "mask", dtypes=(torch.bool,))
+    if not isinstance(spatial, Sequence):
+        validate.fail("resize_mask", "spatial", "a sequence of sizes", type(spatial).__name__, TypeError)
     spatial = tuple(validate.positive_integer(size, "resize_mask", "spatial") for size in spatial)
     if tuple(mask.shape[1:]) == spatial:
         return mask

@@ -103,6 +103,7 @@ def softmax_fisher_with_counts(
     sigmas = _sigmas(sigma, modalities, function)
     validate.positive_integer(samples, function, "samples")
     validate.number(eps, function, "eps")
+    validate.flag(detach_reference, function, "detach_reference")
     noise_seed = _draw_seed(seed, generator, device, function) if any(sigmas) else None
     if noise_seed is None:
         samples = 1  # without noise every draw is the same

@@ -123,7 +123,10 @@ class AttributionLoss(Grouped):
         batch = scores.shape[0]
         scales = [[x] if isinstance(x, Tensor) else validate.sequence(x, name, f"features[{m!r}]") for m, x in features.items()]
         scales = [
-            [differentiable(x, name, f"features[{m!r}][{s}]", batch, self.spatial_group) for s, x in enumerate(row)]
+            [
+                differentiable(x, name, f"features[{m!r}][{s}]", batch, self.channel_dim, self.spatial_group)
+                for s, x in enumerate(row)
+            ]
             for m, row in zip(features, scales, strict=True)
         ]
         flat = [x for row in scales for x in row]

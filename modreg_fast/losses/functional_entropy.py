@@ -96,7 +96,7 @@ class FunctionalEntropyLoss(Grouped):
         self.scale_weights = scale_weights
         self.sigma = validate.number(sigma, name, "sigma")
         self.samples = validate.positive_integer(samples, name, "samples")
-        self.detach_reference = detach_reference
+        self.detach_reference = validate.flag(detach_reference, name, "detach_reference")
         self.channel_dim = channel_dim
         self.eps = validate.number(eps, name, "eps")
         self.process_group = process_group
@@ -207,7 +207,10 @@ class FunctionalEntropyLoss(Grouped):
         if mask is not None:
             mask = validate.tensor(mask, name, "mask", dtypes=(torch.bool,))
             validate.same(mask, values, name, "mask", "values")
-        tensors = [differentiable(x, name, f"inputs[{m!r}]", len(values), self.spatial_group) for m, x in inputs.items()]
+        tensors = [
+            differentiable(x, name, f"inputs[{m!r}]", len(values), self.channel_dim, self.spatial_group)
+            for m, x in inputs.items()
+        ]
         values = values.to(torch.promote_types(values.dtype, torch.float32))  # sums over many positions
         by_name = dict(zip(inputs, tensors, strict=True))
         information, counts = (self._by_pixel if granularity == "pixel" else self._by_sample)(values, by_name, mask, name)
