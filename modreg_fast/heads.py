@@ -225,8 +225,8 @@ class ModalityHeads(nn.Module):
         if present is None and not missing:
             return self.joint(features)
         if present is not None:
-            device = tree_flatten(features)[0][0].device
-            present = validate.present(present, _batch(features, name), len(self.heads), device, name)
+            batch = _batch(features, name)
+            present = validate.present(present, batch, len(self.heads), tree_flatten(features)[0][0].device, name)
             nobody = ~present.any(1)  # the joint head speaks for such a sample
             features = {m: _held(features[m], present[:, i] | nobody) for i, m in enumerate(self.heads) if m in features}
         alone = {m: head(features[m]) for m, head in self.heads.items() if m in features}

@@ -347,6 +347,18 @@ def test_a_head_that_writes_into_what_it_gets(batched):
         ),
         (lambda: mrf.ModalityHeads(nn.Identity(), lambda m: nn.Identity()), ValueError, "modalities must be the names"),
         (
+            lambda: heads(("a",)).eval()({"a": 3}, present=torch.ones(2, 1, dtype=torch.bool)),
+            TypeError,
+            r"features\['a'\] must be a list or tuple, got int",
+        ),
+        (
+            lambda: heads(("a", "b")).eval()(
+                {"a": torch.ones(2, 4, 5, 6), "b": torch.ones(3, 4, 5, 6)}, present=torch.ones(2, 2) > 0
+            ),
+            ValueError,
+            r"features\['b'\] must be of batch size 2 like the first, got 3",
+        ),
+        (
             lambda: mrf.ModalityHeads(nn.Identity(), lambda m: nn.Identity(), ["a", "a"]),
             ValueError,
             r"modalities must be different names, got \['a', 'a'\]",
