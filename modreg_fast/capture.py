@@ -44,8 +44,8 @@ def capture(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
     The dict is filled when a forward pass of ``model`` ends, and anew by each further pass; lists taken out of it before stay as
     they are. It holds the very tensors that the model goes on with, so ``torch.autograd.grad(score, features["rgb"])`` reaches them;
     tokens ``(B, N, C)`` stay tokens (``channel_dim=-1`` in the losses). Only calls of ``model`` itself count: not of its parts alone
-    or of what it wraps (where such a run has gradients, a warning says so once), and not the recomputation of a checkpointed part
-    (``use_reentrant=False``) in a backward pass.
+    or of what it wraps (where such a run has gradients, a warning says so once), not the passes of :func:`modreg_fast.each_alone`, and not
+    the recomputation of a checkpointed part (``use_reentrant=False``) in a backward pass.
 
     A frozen encoder (``requires_grad_(False)``, gradients enabled) is made to return a tensor of the same memory that requires a
     gradient, so that attribution works; what came out of it, which may be a tensor of yours, stays as it is.
@@ -115,7 +115,7 @@ class _Recorder:
         self.warned = False
 
     def start(self, _: object) -> None:
-        if _recomputing():
+        if _recomputing() or _paused:
             return
         depth = _depth()
         while self.passes and self.passes[-1].depth >= depth:  # it never came to its end
@@ -127,6 +127,8 @@ class _Recorder:
 
     def record(self, i: int, output: object) -> object:
         """What takes the place of the output; None for itself."""
+        if _paused:
+            return None
         source, with_gradients, recomputing = self.sources[i], torch.is_grad_enabled(), _recomputing()
         if not recomputing:
             if with_gradients:
@@ -156,7 +158,7 @@ class _Recorder:
         return output if grown else None
 
     def finish(self, _: object) -> None:
-        if _recomputing():
+        if _recomputing() or _paused:
             return
         features: dict[str, list[Tensor]] = {modality: [] for modality in self.features}
         for source, runs, before in zip(self.sources, self.runs, self.passes[-1].before, strict=True):
@@ -173,7 +175,7 @@ class _Recorder:
 
     def end(self, _: object) -> None:
         """Also of a pass that fails."""
-        if not _recomputing() and self.passes:
+        if not _recomputing() and not _paused and self.passes:
             self.passes.pop()
 
     def _outside(self, source: _Source) -> None:
@@ -187,6 +189,17 @@ class _Recorder:
 
 
 _numbers: set[int] = set()  # of the hooks in place
+_paused: list[None] = []  # one for each block of unrecorded()
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs here is recorded nowhere: the features stay those of the pass before."""
+    _paused.append(None)
+    try:
+        yield
+    finally:
+        _paused.pop()
 
 
 def _remove(module: nn.Module, handle: Any) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from modreg_fast import _validate as validate
+from modreg_fast.capture import unrecorded
 
 Features = Tensor | Sequence[Tensor]  # of one modality: at one scale, or at several
 
@@ -28,10 +30,10 @@ def each_alone(
     For heads of any fusion, and for whole models that take their inputs by name. The encoders run once, the head once more, on
     ``M`` times the batch.
 
-    The joint pass is not disturbed: layers with running statistics (batch norm) normalise by them as at inference, in which a sensor is
-    lost, and do not update them, so that they stay those of the joint pass. Dropout stays active with numbers of its own; call this after
-    the joint pass, and that draws the same numbers as without it. A head that checkpoints such layers would run them again later, in
-    training mode: checkpoint the call of ``each_alone`` instead.
+    The joint pass is not disturbed: features that :func:`modreg_fast.capture` has recorded stay, and layers with running statistics
+    (batch norm) normalise by them as at inference, in which a sensor is lost, and do not update them, so that they stay those of the
+    joint pass. Dropout stays active with numbers of its own; call this after the joint pass, and that draws the same numbers as without
+    it. A head that checkpoints such layers would run them again later, in training mode: checkpoint the call of ``each_alone`` instead.
 
     Args:
         head: module or function, called with ``{modality: features}``; for another signature a function, such as
@@ -60,7 +62,7 @@ def each_alone(
     batch = _batch(features, "each_alone")
     nothing = _nothing(features, absent, batch)
     given = [{m: features[m] if m == alone else nothing[m] for m in names} for alone in names]
-    with _running_statistics_as_they_are(head):
+    with unrecorded(), _running_statistics_as_they_are(head):
         if not batched:  # copies, as one batch is one: a head may write into what it gets
             return {m: head(tree_map(torch.clone, x)) for m, x in zip(names, given, strict=True)}
         together = head(tree_map(lambda *xs: torch.cat(xs), *given))
@@ -116,9 +118,11 @@ def _nothing(features: Mapping[str, Features], absent: Mapping[str, Features] | 
 def _running_statistics_as_they_are(head: Callable[..., Any]) -> Iterator[None]:
     """What ``head`` runs uses its running statistics, where it has any, and leaves them."""
     changed: list[nn.Module] = []
+    thread = get_ident()  # others may train another model meanwhile
 
     def to_inference(module: nn.Module, _: Any = None) -> None:
-        if isinstance(module, _NormBase) and module.track_running_stats and module.training:
+        here = torch.compiler.is_compiling() or get_ident() == thread
+        if here and isinstance(module, _NormBase) and module.track_running_stats and module.training:
             module.training = False
             changed.append(module)
 

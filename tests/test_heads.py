@@ -1,6 +1,7 @@
 """each_alone and ModalityHeads: what the heads say, what state is left alone, and the rest of the library beside them."""
 
 import copy
+import threading
 
 import helpers
 import pytest
@@ -321,6 +322,44 @@ def test_gradients_do_not_see_what_is_absent():
         (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
         found[fill] = [logits, *(p.grad.clone() for p in model.parameters())]
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found["nan"], found["zeros"], strict=True))
+
+
+def test_captured_features_stay_those_of_the_joint_pass():
+    """each_alone runs the whole captured model again, and its parts in a run of their own."""
+    encoders = nn.ModuleDict({m: nn.Conv2d(4, 4, 1) for m in ("rgb", "depth")})
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoders, self.head = encoders, Addition(nn.Conv2d(4, 3, 1))
+
+        def forward(self, x):
+            return self.head({m: self.encoders[m](v) for m, v in x.items()})
+
+    model, x = Model(), features(4)
+    with mrf.capture(model, {m: f"encoders.{m}" for m in x}) as captured:
+        joint = model(x)
+        before = {m: list(row) for m, row in captured.items()}
+        alone = mrf.each_alone(model, x)
+        assert captured == before
+        with pytest.warns(UserWarning, match="ran outside of a forward pass"):
+            encoders["rgb"](x["rgb"])
+    mrf.AttributionLoss()(joint, captured).backward(inputs=list(model.parameters()))
+    assert model.head[0].weight.grad.isfinite().all() and set(alone) == set(x)
+
+
+def test_batch_norm_in_another_thread_goes_on_training():
+    """A head that is a function is followed by a hook of the whole process."""
+    other, own = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def head(f):
+        thread = threading.Thread(target=lambda: other(torch.randn(4, 3)))
+        thread.start()
+        thread.join()
+        return own(f["a"] + f["b"])
+
+    mrf.each_alone(head, {m: torch.randn(4, 3) for m in "ab"})
+    assert other.num_batches_tracked == 1 and own.num_batches_tracked == 0 and own.training and other.training
 
 
 @pytest.mark.parametrize("batched", [True, False])
