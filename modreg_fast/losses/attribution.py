@@ -225,9 +225,10 @@ def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, na
         index = validate.tensor(index, name, "index", dtypes=validate.INTEGERS)
         validate.same(index, positions, name, "index", "scores without its classes")
         valid_index = index.long() if mask is None else torch.where(mask, index.long(), 0)
-        if index.is_cpu and not torch.compiler.is_compiling() and validate.unbatched(valid_index):
-            bad = valid_index[(valid_index < 0) | (valid_index >= scores.shape[1])]
-            if len(bad):
-                validate.fail(name, "index", f"in [0, {scores.shape[1]}) where mask does not leave it out", int(bad[0]))
+        if index.is_cpu and index.numel() and not torch.compiler.is_compiling() and validate.unbatched(valid_index):
+            low, high = (int(x) for x in valid_index.aminmax())
+            if low < 0 or high >= scores.shape[1]:
+                expected = f"in [0, {scores.shape[1]}) where mask does not leave it out"
+                validate.fail(name, "index", expected, low if low < 0 else high)
         selected = scores.gather(1, valid_index.unsqueeze(1)).squeeze(1)
     return (selected if mask is None else torch.where(mask, selected, 0)).sum()
