@@ -3,6 +3,7 @@
 The raw kernels on `(2, 64, 512, 512)` float32, two modalities, past the cache and in it, with gradients in fresh and in used memory, on
 one thread and on all, beside a copy and a sum of memory of that size. docs/performance.md reads the table."""
 
+import ctypes
 import time
 from collections.abc import Callable
 from statistics import median
@@ -22,32 +23,33 @@ def features(batch: int, pixels: int) -> list[Tensor]:
     return [torch.randn(batch, CHANNELS, pixels) for _ in range(MODALITIES)]
 
 
-def softmax_fisher(x: list[Tensor], gradients: list[Tensor] | None = None) -> None:
+def softmax_fisher(x: list[Tensor], backward: bool) -> None:
+    problem = (x, [], None, [0.0] * MODALITIES, 1, None, False, 1e-8, 1)
     batch = x[0].shape[0]
-    options = ([], None, [0.0] * MODALITIES, 1, None)
-    if gradients is None:
-        out = torch.empty(MODALITIES, 1, batch), torch.empty(1, batch, dtype=torch.int64)
-        kernels.softmax_fisher_forward(x, *options, 1e-8, *out)
+    if backward:
+        counts = torch.full((1, batch), x[0].shape[2])
+        kernels.softmax_fisher_backward(torch.ones(MODALITIES, 1, batch), counts, *problem)
     else:
-        weight = torch.ones(MODALITIES, 1, batch, dtype=torch.float64)
-        kernels.softmax_fisher_backward(weight, x, *options, False, 1e-8, gradients)
+        kernels.softmax_fisher_forward(*problem)
 
 
-def gradient_statistics(g: list[Tensor], e: list[Tensor], f: list[Tensor], gradients: list[Tensor] | None = None) -> None:
-    batch = g[0].shape[0]
-    if gradients is None:
-        out = torch.empty(MODALITIES, batch), torch.empty(MODALITIES, batch)
-        kernels.gradient_statistics_forward(g, e, f, [], 1e-8, *out, [], [])
+def gradient_statistics(g: list[Tensor], e: list[Tensor], f: list[Tensor], backward: bool) -> None:
+    problem = (g, e, f, [], 1e-8, False, 1)
+    if backward:
+        ones = torch.ones(MODALITIES, g[0].shape[0])
+        kernels.gradient_statistics_backward(ones, ones, [], [], ones, *problem)
     else:
-        weight = torch.ones(MODALITIES, batch, dtype=torch.float64)
-        to_values = [torch.empty_like(x) for x in f]
-        kernels.gradient_statistics_backward(
-            weight, weight, [], [], g, e, f, [], 1e-8, gradients[:MODALITIES], gradients[MODALITIES:], to_values
-        )
+        kernels.gradient_statistics_forward(*problem)
 
 
-def fresh(like: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(x) for x in like]
+def keep_memory(keep: bool) -> None:
+    """Whether glibc keeps freed memory for the next tensors, or hands it back, so that they get fresh pages."""
+    libc = ctypes.CDLL(None)
+    most_mappings, trim_threshold = -4, -1
+    libc.mallopt(most_mappings, 0 if keep else 2**16)
+    libc.mallopt(trim_threshold, 2**31 - 1 if keep else 2**17)
+    if not keep:
+        libc.malloc_trim(0)
 
 
 def medians(calls: dict[str, Callable[[], object]], repeat: int = 1) -> dict[str, float]:
@@ -55,6 +57,10 @@ def medians(calls: dict[str, Callable[[], object]], repeat: int = 1) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS + 1):
         for name, call in calls.items():
+            used = name.endswith("used memory")
+            keep_memory(used)
+            if used:
+                call()
             start = time.perf_counter()
             for _ in range(repeat):
                 call()
@@ -66,7 +72,6 @@ def main() -> None:
     threads = torch.get_num_threads()
     x, e = features(BATCH, PIXELS), features(BATCH, PIXELS)
     f = [torch.rand(BATCH, PIXELS) + 0.1 for _ in range(MODALITIES)]
-    used, used_both = fresh(x), fresh(x + e)
     source, target = torch.ones(2**27), torch.zeros(2**27)
     read = sum(t.nbytes for t in x)  # of softmax_fisher; gradient_statistics reads twice as much
     moved = {
@@ -86,12 +91,12 @@ def main() -> None:
             {
                 "copy of 512 MiB": lambda: target.copy_(source),
                 "sum of 512 MiB": lambda: source.sum(),
-                "softmax_fisher forward": lambda: softmax_fisher(x),
-                "softmax_fisher backward, used memory": lambda: softmax_fisher(x, used),
-                "softmax_fisher backward, fresh memory": lambda: softmax_fisher(x, fresh(x)),
-                "gradient_statistics forward": lambda: gradient_statistics(x, e, f),
-                "gradient_statistics backward, used memory": lambda: gradient_statistics(x, e, f, used_both),
-                "gradient_statistics backward, fresh memory": lambda: gradient_statistics(x, e, f, fresh(x + e)),
+                "softmax_fisher forward": lambda: softmax_fisher(x, False),
+                "softmax_fisher backward, used memory": lambda: softmax_fisher(x, True),
+                "softmax_fisher backward, fresh memory": lambda: softmax_fisher(x, True),
+                "gradient_statistics forward": lambda: gradient_statistics(x, e, f, False),
+                "gradient_statistics backward, used memory": lambda: gradient_statistics(x, e, f, True),
+                "gradient_statistics backward, fresh memory": lambda: gradient_statistics(x, e, f, True),
             }
         )
         copy = moved["copy of 512 MiB"] / seconds["copy of 512 MiB"]
@@ -114,12 +119,11 @@ def main() -> None:
 def _cached_calls(pixels: int) -> dict[str, Callable[[], object]]:
     x, e = features(1, pixels), features(1, pixels)
     f = [torch.rand(1, pixels) + 0.1 for _ in range(MODALITIES)]
-    used, used_both = fresh(x), fresh(x + e)
     return {
-        "softmax_fisher forward": lambda: softmax_fisher(x),
-        "softmax_fisher backward": lambda: softmax_fisher(x, used),
-        "gradient_statistics forward": lambda: gradient_statistics(x, e, f),
-        "gradient_statistics backward": lambda: gradient_statistics(x, e, f, used_both),
+        "softmax_fisher forward": lambda: softmax_fisher(x, False),
+        "softmax_fisher backward": lambda: softmax_fisher(x, True),
+        "gradient_statistics forward": lambda: gradient_statistics(x, e, f, False),
+        "gradient_statistics backward": lambda: gradient_statistics(x, e, f, True),
     }
 
 

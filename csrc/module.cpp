@@ -1,195 +1,63 @@
-// Registration of the raw ops modreg_fast_native::* on LibTorch's stable ABI, and the division of a call into units of work.
+// Registration of the raw ops modreg_fast_native::* on LibTorch's stable ABI.
 //
-// The ops write into tensors that the caller allocated and have no autograd of their own; modreg_fast/backends/cpu.py prepares the
-// arguments (layouts, dtypes, sizes), so a failed check here means a call that did not come from there.
+// The ops take a problem of backends/reference as it is, of any shape and layout, give new tensors, and have no autograd of their own.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "cpu/call.h"
 #include "cpu/dispatch.h"
-#include "dtype.h"
 
+namespace mrf {
 namespace {
-
-using mrf::DType;
-using mrf::dtype_of;
-using mrf::Tiling;
-using mrf::View;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// (B, C, P) with contiguous pixels, or else contiguous channels (of several pixels or several channels; see layout_of in cpu/layout.py).
-View view_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "modreg_fast_native: expected a (B, C, P) tensor on the CPU");
-  View view{x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-  const int64_t channels = x.size(1), pixels = x.size(2);
-  if (pixels > 1 && view.pixel_stride == 1) return view;
-  if (channels > 1) {
-    STD_TORCH_CHECK(view.channel_stride == 1, "modreg_fast_native: expected contiguous pixels or channels");
-    if (pixels == 1) view.pixel_stride = channels;  // never stepped by
-    return view;
-  }
-  STD_TORCH_CHECK(pixels == 1, "modreg_fast_native: expected contiguous pixels or channels");
-  view.pixel_stride = 1;
-  return view;
-}
-
-std::vector<View> views_of(const Tensors& tensors) {
-  std::vector<View> views;
-  for (const Tensor& x : tensors) views.push_back(view_of(x));
-  return views;
-}
-
-// (B, P), contiguous.
-View flat_view_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "modreg_fast_native: expected a contiguous tensor on the CPU");
-  return View{x.data_ptr(), 0, 0, 1};
-}
-
-std::vector<View> flat_views_of(const Tensors& tensors) {
-  std::vector<View> views;
-  for (const Tensor& x : tensors) views.push_back(flat_view_of(x));
-  return views;
-}
-
-std::vector<void*> pointers_of(const Tensors& tensors) {
-  std::vector<void*> pointers;
-  for (const Tensor& x : tensors) pointers.push_back(flat_view_of(x).data);
-  return pointers;
-}
-
-template <class T>
-const T* data_or_null(const std::vector<T>& v) {
-  return v.empty() ? nullptr : v.data();
-}
-
-template <class T>
-const T* data_or_null(const std::optional<Tensor>& x) {
-  return x.has_value() ? static_cast<const T*>(flat_view_of(*x).data) : nullptr;
-}
-
-// Bytes of all inputs of a tile at most. A tile is read again from L2 or L3; longer rows are worth more than smaller tiles that stay in L1.
-constexpr int64_t kTileBytes = 1 << 20;
-
-// Cuts tensors (one per tiling, `tensors_per_pixel` of its kind read together) into units; returns the number of units.
-int64_t divide(const Tensor* tensors, int count, const Tensors& masks, int tensors_per_pixel, int64_t most_pixels,
-               bool samples_as_pixels, std::vector<Tiling>& tilings) {
-  int64_t units = 0, slots = 0;
-  for (int t = 0; t < count; ++t) {
-    const Tensor& x = tensors[t];
-    Tiling tiling{};
-    tiling.dtype = dtype_of(x);
-    tiling.samples_as_pixels = samples_as_pixels && x.size(2) == 1;
-    tiling.channels = x.size(1);
-    tiling.pixels = tiling.samples_as_pixels ? x.size(0) : x.size(2);
-    const int64_t bytes_per_pixel = tiling.channels * tensors_per_pixel * int64_t(x.element_size());
-    // Multiples of 64 pixels: whole groups for every instruction set, and whole cache lines.
-    tiling.tile = std::clamp<int64_t>(kTileBytes / bytes_per_pixel / 64 * 64, 64, most_pixels);
-    tiling.tiles = (tiling.pixels + tiling.tile - 1) / tiling.tile;
-    tiling.first_unit = units;
-    tiling.first_slot = slots;
-    tiling.mask = masks.empty() ? nullptr : static_cast<const uint8_t*>(flat_view_of(masks[t]).data);
-    tilings.push_back(tiling);
-    units += tiling.samples_as_pixels ? tiling.tiles : x.size(0) * tiling.tiles;
-    slots += x.size(0) * mrf::slots_per_sample(tiling);
-  }
-  return units;
-}
-
-// Gradients are fresh memory, which Linux clears page by page at the first write. Here in huge pages, where they are offered on request,
-// and by all threads, each its own pages: inside the kernel two threads would meet in every page, and one of them clears it in vain.
-void populate(const Tensors& tensors) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  constexpr int populate_write = 23;  // MADV_POPULATE_WRITE of Linux 5.14, unknown to older headers; an older kernel refuses it
-  std::vector<uintptr_t> pages;
-  for (const Tensor& x : tensors) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(x.data_ptr()), end = start + x.numel() * x.element_size();
-    const uintptr_t first = (start + page - 1) / page * page;
-    if (first + page <= end) madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
-    for (uintptr_t at = first; at + page <= end; at += page) pages.push_back(at);
-  }
-  torch::stable::parallel_for(0, int64_t(pages.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) madvise(reinterpret_cast<void*>(pages[i]), page, populate_write);
-  });
-#else
-  (void)tensors;
-#endif
-}
-
-// A barrier of OpenMP, told to ThreadSanitizer, which does not see those of a libgomp that was not built with it.
-struct Barrier {
-#if defined(__SANITIZE_THREAD__)
-  static inline char mark;
-  Barrier() { __tsan_acquire(&mark); }
-  ~Barrier() { __tsan_release(&mark); }
-#else
-  Barrier() {}
-#endif
-};
-
-template <class Problem>
-void run(mrf::Kernel<Problem> kernel, const Problem& problem, int64_t scratch_bytes) {
-  int64_t counter = 0;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), problem.units);
-  const auto work = [&](int64_t, int64_t) {
-    const Barrier barrier;
-    const std::unique_ptr<char[]> memory(new char[scratch_bytes + 64]);
-    void* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
-    kernel(problem, &counter, aligned);
-  };
-  Barrier{};
-  torch::stable::parallel_for(0, threads, 1, work);
-  Barrier{};
-}
 
 // ---- the ops over modalities ----
 
 template <class Problem>
 struct ModalitiesCall {
+  Inputs inputs;
+  const std::optional<Tensor> present;
   std::vector<Tiling> tilings;
   std::vector<View> features, gradients;
   std::vector<double> partial;
   Problem problem{};
   int64_t most_channels = 0;
 
-  ModalitiesCall(const Tensors& inputs, int modalities, const Tensors& masks, const std::optional<Tensor>& present, double eps)
-      : features(views_of(inputs)) {
-    STD_TORCH_CHECK(modalities <= mrf::kMaxModalities, "modreg_fast_native: at most 64 modalities");
+  ModalitiesCall(const Tensors& tensors, int64_t channel_dim, const std::optional<Tensor>& given_present)
+      : inputs(tensors, channel_dim, tensors, "features"), present(contiguous(given_present, "present")) {}
+
+  // After the checks.
+  void divide(int modalities, const Tensors& masks, double eps) {
+    STD_TORCH_CHECK(modalities <= kMaxModalities, "modreg_fast_native: at most 64 modalities");
     problem.modalities = modalities;
-    problem.scales = int(inputs.size()) / modalities;
-    problem.units = divide(inputs.data(), problem.scales, masks, modalities, mrf::kMostPixels, !present.has_value(), tilings);
+    problem.scales = int(inputs.flats.size()) / modalities;
+    problem.units = units_of(inputs.flats.data(), problem.scales, masks, modalities, kMostPixels, !present.has_value(), tilings);
     problem.neighbours = std::clamp<int64_t>(problem.units / (16 * torch::stable::get_num_threads()), 1, 4);
-    problem.batch = inputs[0].size(0);
+    problem.batch = inputs.flats[0].batch;
     problem.tilings = tilings.data();
-    fold(features);
+    features = folded(inputs.views());
     problem.features = features.data();
     problem.present = data_or_null<uint8_t>(present);
     problem.eps = eps;
     for (const Tiling& tiling : tilings) most_channels = std::max(most_channels, tiling.channels);
   }
 
-  void write_to(const Tensors& tensors) {
-    gradients = views_of(tensors);
-    fold(gradients);
+  void allocate_gradients() {
+    gradients = folded(inputs.gradient_views());
     problem.gradients = gradients.data();
-    populate(tensors);
+  }
+
+  Tensors finished() {
+    Tensors results;
+    inputs.finish(results);
+    return results;
   }
 
   // Room for `sums` numbers a slot.
@@ -198,262 +66,339 @@ struct ModalitiesCall {
     problem.partial = partial.data();
   }
 
-  int64_t slots() const { return tilings.back().first_slot + problem.batch * mrf::slots_per_sample(tilings.back()); }
+  int64_t slots() const { return tilings.back().first_slot + problem.batch * slots_per_sample(tilings.back()); }
 
  private:
   // Steps from sample to sample where samples are computed as pixels.
-  void fold(std::vector<View>& views) const {
+  std::vector<View> folded(std::vector<View> views) const {
     for (size_t k = 0; k < views.size(); ++k)
       if (tilings[k % tilings.size()].samples_as_pixels) views[k].pixel_stride = views[k].sample_stride;
+    return views;
   }
 };
 
 // ---- softmax_fisher ----
 
-struct SoftmaxFisherCall : ModalitiesCall<mrf::SoftmaxFisher> {
-  SoftmaxFisherCall(const Tensors& inputs, const Tensors& masks, const std::optional<Tensor>& present, const std::vector<double>& sigma,
-                    int64_t draws, const std::optional<Tensor>& seed, double eps)
-      : ModalitiesCall(inputs, int(sigma.size()), masks, present, eps) {
-    problem.draws = int(draws);
+struct SoftmaxFisherCall : ModalitiesCall<SoftmaxFisher> {
+  const Tensors masks;
+  const std::vector<double>& sigma;
+
+  SoftmaxFisherCall(const Tensors& tensors, const Tensors& given_masks, const std::optional<Tensor>& present,
+                    const std::vector<double>& sigma, int64_t samples, const std::optional<Tensor>& seed, bool detach_reference, double eps,
+                    int64_t channel_dim)
+      : ModalitiesCall(tensors, channel_dim, present), masks(contiguous(given_masks, "masks")), sigma(sigma) {
+    check::softmax_fisher(inputs.flats, masks, this->present, sigma, samples, seed, eps);
+    divide(int(sigma.size()), masks, eps);
+    problem.draws = int(samples);
     problem.sigma = sigma.data();
     problem.seed = seed.has_value() ? *data_or_null<uint64_t>(seed) : 0;
+    problem.detach_reference = detach_reference;
   }
 
-  int64_t scratch_bytes() const { return mrf::softmax_fisher_scratch(problem.modalities, most_channels); }
+  int64_t scratch_bytes() const { return softmax_fisher_scratch(problem.modalities, most_channels); }
 };
 
-template <class T>
-void write_information(const SoftmaxFisherCall& call, T* information, int64_t* counts) {
-  const mrf::SoftmaxFisher& problem = call.problem;
-  for (int s = 0; s < problem.scales; ++s) {
-    const int64_t slots = mrf::slots_per_sample(call.tilings[s]);
-    for (int64_t b = 0; b < problem.batch; ++b) {
-      const int64_t first = call.tilings[s].first_slot + b * slots;
-      int64_t count = 0;
-      for (int64_t slot = first; slot < first + slots; ++slot) count += problem.valid[slot];
-      counts[s * problem.batch + b] = count;
-      for (int m = 0; m < problem.modalities; ++m) {
-        double sum = 0;
-        for (int64_t slot = first; slot < first + slots; ++slot) sum += problem.partial[slot * problem.modalities + m];
-        information[(m * problem.scales + s) * problem.batch + b] = T(count ? sum / (double(count) * problem.draws) : 0);
-      }
-    }
-  }
-}
-
-void softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma, int64_t draws,
-                            std::optional<Tensor> seed, double eps, Tensor information, Tensor counts) {
-  mrf::check::softmax_fisher_forward(features, masks, present, sigma, draws, seed, eps, information, counts);
-  SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
+std::tuple<Tensor, Tensor> softmax_fisher_forward(Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma,
+                                                  int64_t samples, std::optional<Tensor> seed, bool detach_reference, double eps,
+                                                  int64_t channel_dim) {
+  SoftmaxFisherCall call(features, masks, present, sigma, samples, seed, detach_reference, eps, channel_dim);
+  SoftmaxFisher& problem = call.problem;
   std::vector<int64_t> valid(call.slots());
-  call.keep_sums(call.problem.modalities);
-  call.problem.valid = valid.data();
-  run(mrf::instruction_set().kernels->softmax_fisher_forward, call.problem, call.scratch_bytes());
-  auto* out_counts = static_cast<int64_t*>(flat_view_of(counts).data);
-  void* out = flat_view_of(information).data;
-  if (dtype_of(information) == DType::float64)
-    write_information(call, static_cast<double*>(out), out_counts);
-  else
-    write_information(call, static_cast<float*>(out), out_counts);
+  call.keep_sums(problem.modalities);
+  problem.valid = valid.data();
+  run(instruction_set().kernels->softmax_fisher_forward, problem, call.scratch_bytes());
+
+  const Tensor information = empty({problem.modalities, problem.scales, problem.batch}, widest(features));
+  const Tensor counts = empty({problem.scales, problem.batch}, ScalarType::Long);
+  int64_t* count = static_cast<int64_t*>(counts.data_ptr());
+  const auto first_slot = [&](int64_t s, int64_t b) { return call.tilings[s].first_slot + b * slots_per_sample(call.tilings[s]); };
+  for (int64_t s = 0, i = 0; s < problem.scales; ++s)
+    for (int64_t b = 0; b < problem.batch; ++b, ++i) {
+      const int64_t* first = valid.data() + first_slot(s, b);
+      count[i] = std::accumulate(first, first + slots_per_sample(call.tilings[s]), int64_t(0));
+    }
+  const int64_t each = problem.scales * problem.batch;
+  fill(information, [&](int64_t i) {
+    const int64_t m = i / each, s = i % each / problem.batch, first = first_slot(s, i % problem.batch);
+    double sum = 0;
+    for (int64_t slot = first; slot < first + slots_per_sample(call.tilings[s]); ++slot)
+      sum += problem.partial[slot * problem.modalities + m];
+    return count[i % each] ? sum / (double(count[i % each]) * problem.draws) : 0;
+  });
+  return {information, counts};
 }
 
-// weight (M, S, B): upstream gradient / (valid pixels * draws), float64.
-void softmax_fisher_backward(Tensor weight, Tensors features, Tensors masks, std::optional<Tensor> present, std::vector<double> sigma,
-                             int64_t draws, std::optional<Tensor> seed, bool detach_reference, double eps, Tensors gradients) {
-  mrf::check::softmax_fisher_backward(weight, features, masks, present, sigma, draws, seed, eps, gradients);
-  SoftmaxFisherCall call(features, masks, present, sigma, draws, seed, eps);
-  call.write_to(gradients);
-  call.problem.weight = static_cast<const double*>(flat_view_of(weight).data);
-  call.problem.detach_reference = detach_reference;
-  run(mrf::instruction_set().kernels->softmax_fisher_backward, call.problem, call.scratch_bytes());
+Tensors softmax_fisher_backward(Tensor grad_information, Tensor counts, Tensors features, Tensors masks, std::optional<Tensor> present,
+                                std::vector<double> sigma, int64_t samples, std::optional<Tensor> seed, bool detach_reference, double eps,
+                                int64_t channel_dim) {
+  SoftmaxFisherCall call(features, masks, present, sigma, samples, seed, detach_reference, eps, channel_dim);
+  SoftmaxFisher& problem = call.problem;
+  check::flat(counts, features[0], ScalarType::Long, {problem.scales, problem.batch}, "counts");
+  // The weight of I of a valid pixel and a draw.
+  std::vector<double> weight = doubles_of(grad_information, {problem.modalities, problem.scales, problem.batch}, "grad_information");
+  const int64_t* count = static_cast<const int64_t*>(counts.data_ptr());
+  for (size_t i = 0; i < weight.size(); ++i)
+    weight[i] /= double(std::max<int64_t>(count[i % (problem.scales * problem.batch)], 1)) * double(samples);
+  problem.weight = weight.data();
+  call.allocate_gradients();
+  run(instruction_set().kernels->softmax_fisher_backward, problem, call.scratch_bytes());
+  return call.finished();
 }
 
 // ---- modality_cross_entropy ----
 
-struct ModalityCrossEntropyCall : ModalitiesCall<mrf::ModalityCrossEntropy> {
-  ModalityCrossEntropyCall(const Tensors& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& present, int64_t ignore_index, double label_smoothing, double eps)
-      : ModalitiesCall(logits, int(logits.size()), {}, present, eps) {
-    problem.target_type = mrf::integer_of(target);
-    problem.target = flat_view_of(target).data;
+struct ModalityCrossEntropyCall : ModalitiesCall<ModalityCrossEntropy> {
+  const Tensor target;
+  const std::optional<Tensor> weight;
+
+  ModalityCrossEntropyCall(const Tensors& logits, const Tensor& given_target, const std::optional<Tensor>& given_weight,
+                           const std::optional<Tensor>& present, int64_t ignore_index, double label_smoothing, double eps,
+                           int64_t channel_dim)
+      : ModalitiesCall(logits, channel_dim, present), target(contiguous(given_target, "target")),
+        weight(given_weight.has_value() ? std::optional(contiguous(*given_weight, "weight", ScalarType::Double)) : std::nullopt) {
+    check::modality_cross_entropy(inputs.flats, target, weight, this->present, label_smoothing, eps);
+    divide(int(logits.size()), {}, eps);
+    problem.target_type = integer_of(target);
+    problem.target = target.data_ptr();
     problem.ignore_index = ignore_index;
     problem.label_smoothing = label_smoothing;
     problem.class_weight = data_or_null<double>(weight);
     for (int64_t c = 0; c < most_channels; ++c) problem.all_weights += problem.class_weight ? problem.class_weight[c] : 1;
   }
 
-  int64_t scratch_bytes() const { return mrf::modality_cross_entropy_scratch(problem.modalities, most_channels); }
+  int64_t scratch_bytes() const { return modality_cross_entropy_scratch(problem.modalities, most_channels); }
+
+  // Sums `first` and those after it of every sample, one for each of the first dimension of `to` where it has two.
+  void write_sums(int64_t first, const Tensor& to) const {
+    const int64_t slots = slots_per_sample(tilings[0]), all = 2 * problem.modalities + 2;
+    fill(to, [&](int64_t i) {
+      const int64_t k = first + i / problem.batch, b = i % problem.batch;
+      double sum = 0;
+      for (int64_t slot = b * slots; slot < (b + 1) * slots; ++slot) sum += problem.partial[slot * all + k];
+      return sum;
+    });
+  }
 };
 
-// Sums `first` to `first + count - 1` of every sample.
-void write_sums(const ModalityCrossEntropyCall& call, int64_t first, int64_t count, const Tensor& sums) {
-  const mrf::ModalityCrossEntropy& problem = call.problem;
-  const int64_t slots = mrf::slots_per_sample(call.tilings[0]), all = 2 * problem.modalities + 2;
-  void* out = flat_view_of(sums).data;
-  const bool wide = dtype_of(sums) == DType::float64;
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t b = 0; b < problem.batch; ++b) {
-      double sum = 0;
-      for (int64_t slot = b * slots; slot < (b + 1) * slots; ++slot) sum += problem.partial[slot * all + first + k];
-      const int64_t i = k * problem.batch + b;
-      wide ? static_cast<double*>(out)[i] = sum : static_cast<float*>(out)[i] = float(sum);
-    }
-}
-
-// weight (C), float64. Whether a target is out of range; there is no result then.
-bool modality_cross_entropy_forward(Tensors logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> present,
-                                    int64_t ignore_index, double label_smoothing, double eps, Tensor cross_entropy, Tensor joint,
-                                    Tensor information, Tensor weights) {
-  mrf::check::modality_cross_entropy_forward(logits, target, weight, present, label_smoothing, eps, cross_entropy, joint, information,
-                                             weights);
-  ModalityCrossEntropyCall call(logits, target, weight, present, ignore_index, label_smoothing, eps);
-  const int64_t modalities = call.problem.modalities;
+// The sums; and whether a target is out of range, where there are none.
+std::tuple<Tensor, Tensor, Tensor, Tensor, bool> modality_cross_entropy_forward(Tensors logits, Tensor target, std::optional<Tensor> weight,
+                                                                               std::optional<Tensor> present, int64_t ignore_index,
+                                                                               double label_smoothing, double eps, int64_t channel_dim) {
+  ModalityCrossEntropyCall call(logits, target, weight, present, ignore_index, label_smoothing, eps, channel_dim);
+  const int64_t modalities = call.problem.modalities, batch = call.problem.batch;
   bool out_of_range = false;
   call.keep_sums(2 * modalities + 2);
   call.problem.out_of_range = &out_of_range;
-  run(mrf::instruction_set().kernels->modality_cross_entropy_forward, call.problem, call.scratch_bytes());
-  if (out_of_range) return true;
-  write_sums(call, 0, modalities, cross_entropy);
-  write_sums(call, modalities, modalities, information);
-  write_sums(call, 2 * modalities, 1, joint);
-  write_sums(call, 2 * modalities + 1, 1, weights);
-  return false;
+  run(instruction_set().kernels->modality_cross_entropy_forward, call.problem, call.scratch_bytes());
+  const ScalarType type = widest(logits);
+  const Tensor cross_entropy = empty({modalities, batch}, type), joint = empty({batch}, type);
+  const Tensor information = empty({modalities, batch}, type), weights = empty({batch}, type);
+  call.write_sums(0, cross_entropy);
+  call.write_sums(modalities, information);
+  call.write_sums(2 * modalities, joint);
+  call.write_sums(2 * modalities + 1, weights);
+  return {cross_entropy, joint, information, weights, out_of_range};
 }
 
-// The upstream gradients (M, B), (B), (M, B) are float64.
-void modality_cross_entropy_backward(Tensor to_cross_entropy, Tensor to_joint, Tensor to_information, Tensors logits, Tensor target,
-                                     std::optional<Tensor> weight, std::optional<Tensor> present, int64_t ignore_index,
-                                     double label_smoothing, double eps, Tensors gradients) {
-  mrf::check::modality_cross_entropy_backward(to_cross_entropy, to_joint, to_information, logits, target, weight, present,
-                                              label_smoothing, eps, gradients);
-  ModalityCrossEntropyCall call(logits, target, weight, present, ignore_index, label_smoothing, eps);
-  call.write_to(gradients);
-  call.problem.to_cross_entropy = static_cast<const double*>(flat_view_of(to_cross_entropy).data);
-  call.problem.to_joint = static_cast<const double*>(flat_view_of(to_joint).data);
-  call.problem.to_information = static_cast<const double*>(flat_view_of(to_information).data);
-  run(mrf::instruction_set().kernels->modality_cross_entropy_backward, call.problem, call.scratch_bytes());
+Tensors modality_cross_entropy_backward(Tensor grad_cross_entropy, Tensor grad_joint, Tensor grad_information, Tensors logits, Tensor target,
+                                        std::optional<Tensor> weight, std::optional<Tensor> present, int64_t ignore_index,
+                                        double label_smoothing, double eps, int64_t channel_dim) {
+  ModalityCrossEntropyCall call(logits, target, weight, present, ignore_index, label_smoothing, eps, channel_dim);
+  const int64_t modalities = call.problem.modalities, batch = call.problem.batch;
+  const std::vector<double> to_cross_entropy = doubles_of(grad_cross_entropy, {modalities, batch}, "grad_cross_entropy");
+  const std::vector<double> to_joint = doubles_of(grad_joint, {batch}, "grad_joint");
+  const std::vector<double> to_information = doubles_of(grad_information, {modalities, batch}, "grad_information");
+  call.problem.to_cross_entropy = to_cross_entropy.data();
+  call.problem.to_joint = to_joint.data();
+  call.problem.to_information = to_information.data();
+  call.allocate_gradients();
+  run(instruction_set().kernels->modality_cross_entropy_backward, call.problem, call.scratch_bytes());
+  return call.finished();
 }
 
 // ---- gradient_statistics ----
 
 struct GradientStatisticsCall {
+  Inputs g, e;
+  const Tensors values, masks;
   std::vector<Tiling> tilings;
-  std::vector<View> grads, features, values;
-  mrf::GradientStatistics problem{};
+  std::vector<View> grads, features, value_views;
+  GradientStatistics problem{};
+  ScalarType type;  // of the results
   int64_t scratch_bytes = 0;
 
-  GradientStatisticsCall(const Tensors& g, const Tensors& e, const Tensors& f, const Tensors& masks, double eps)
-      : grads(views_of(g)), features(views_of(e)), values(flat_views_of(f)) {
-    problem.tensors = int(g.size());
-    problem.batch = g[0].size(0);
-    problem.units = divide(g.data(), problem.tensors, masks, e.empty() ? 1 : 2, 2048, false, tilings);
+  GradientStatisticsCall(const Tensors& given_grads, const Tensors& given_features, const Tensors& given_values, const Tensors& given_masks,
+                         double eps, int64_t channel_dim)
+      : g(given_grads, channel_dim, given_grads, "grads"), e(given_features, channel_dim, given_grads, "features", &g.flats),
+        values(accumulated(given_values, "values")), masks(contiguous(given_masks, "masks")), grads(g.views()), features(e.views()),
+        value_views(flat_views_of(values)) {
+    check::gradient_statistics(g.flats, e.flats, values, masks, eps);
+    type = widest(given_grads);
+    for (const Tensors& more : {given_features, given_values})
+      if (widest(more) == ScalarType::Double) type = ScalarType::Double;
+    problem.tensors = int(grads.size());
+    problem.batch = g.flats[0].batch;
+    problem.units = units_of(g.flats.data(), problem.tensors, masks, features.empty() ? 1 : 2, 2048, false, tilings);
     problem.tilings = tilings.data();
     problem.grads = grads.data();
     problem.features = data_or_null(features);
-    problem.values = data_or_null(values);
+    problem.values = data_or_null(value_views);
     problem.eps = eps;
     for (const Tiling& tiling : tilings)
-      scratch_bytes = std::max<int64_t>(scratch_bytes, mrf::kGradientStatisticsRows * (tiling.tile + 64) * int64_t(sizeof(double)));
+      scratch_bytes = std::max<int64_t>(scratch_bytes, kGradientStatisticsRows * (tiling.tile + 64) * int64_t(sizeof(double)));
+  }
+
+  // Of maps in the accumulation types of their tensors.
+  Tensors accumulated(const Tensors& maps, const char* name) const {
+    Tensors found;
+    for (size_t k = 0; k < maps.size() && k < g.flats.size(); ++k)
+      found.push_back(contiguous(maps[k], name, check::accumulation_type(g.flats[k].type)));
+    that(found.size() == maps.size(), name, "at most as many as grads");
+    return found;
+  }
+
+  Tensors empty_maps(bool wanted) const {
+    Tensors maps;
+    for (size_t k = 0; wanted && k < g.flats.size(); ++k)
+      maps.push_back(empty({problem.batch, g.flats[k].pixels}, check::accumulation_type(g.flats[k].type)));
+    return maps;
   }
 };
 
-template <class T>
-void write_statistics(const mrf::GradientStatistics& problem, T* fisher, T* attribution) {
-  for (int k = 0; k < problem.tensors; ++k) {
-    const Tiling& tiling = problem.tilings[k];
-    for (int64_t b = 0; b < problem.batch; ++b) {
-      double fisher_sum = 0, square_sum = 0;
-      int64_t count = 0;
-      const int64_t first = tiling.first_unit + b * tiling.tiles;
-      for (int64_t u = first; u < first + tiling.tiles; ++u) {
-        fisher_sum += problem.partial[2 * u];
-        square_sum += problem.partial[2 * u + 1];
-        count += problem.valid[u];
-      }
-      if (problem.values) fisher[k * problem.batch + b] = T(count ? fisher_sum / double(count) : 0);
-      if (problem.features) attribution[k * problem.batch + b] = T(std::sqrt(square_sum));
-    }
+std::tuple<Tensor, Tensor, Tensors, Tensors> gradient_statistics_forward(Tensors grads, Tensors features, Tensors values, Tensors masks,
+                                                                         double eps, bool maps, int64_t channel_dim) {
+  GradientStatisticsCall call(grads, features, values, masks, eps, channel_dim);
+  GradientStatistics& problem = call.problem;
+  std::vector<double> partial(problem.units * 2);
+  std::vector<int64_t> valid(problem.units);
+  Tensors fisher_maps = call.empty_maps(maps && !values.empty()), attribution_maps = call.empty_maps(maps && !features.empty());
+  const std::vector<void*> to_fisher = pointers_of(fisher_maps), to_attribution = pointers_of(attribution_maps);
+  problem.partial = partial.data();
+  problem.valid = valid.data();
+  problem.fisher_maps = data_or_null(to_fisher);
+  problem.attribution_maps = data_or_null(to_attribution);
+  run(instruction_set().kernels->gradient_statistics_forward, problem, call.scratch_bytes);
+
+  const Tensor fisher = empty({int64_t(values.size()), problem.batch}, call.type);
+  const Tensor attribution = empty({int64_t(features.size()), problem.batch}, call.type);
+  const auto sum = [&](int64_t i, const auto& of_unit) {  // over the units of element i of (K, B)
+    const Tiling& tiling = problem.tilings[i / problem.batch];
+    const int64_t first = tiling.first_unit + i % problem.batch * tiling.tiles;
+    decltype(of_unit(0)) total = 0;
+    for (int64_t u = first; u < first + tiling.tiles; ++u) total += of_unit(u);
+    return total;
+  };
+  fill(fisher, [&](int64_t i) {
+    const int64_t count = sum(i, [&](int64_t u) { return valid[u]; });
+    return count ? sum(i, [&](int64_t u) { return partial[2 * u]; }) / double(count) : 0;
+  });
+  fill(attribution, [&](int64_t i) { return std::sqrt(sum(i, [&](int64_t u) { return partial[2 * u + 1]; })); });
+  for (Tensors* all : {&fisher_maps, &attribution_maps})
+    for (Tensor& map : *all) map = contiguous(map, "a map", call.type);
+  return {fisher, attribution, fisher_maps, attribution_maps};
+}
+
+Tensors gradient_statistics_backward(Tensor grad_fisher, Tensor grad_attribution, Tensors grad_fisher_maps, Tensors grad_attribution_maps,
+                                     Tensor attribution, Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, bool,
+                                     int64_t channel_dim) {
+  GradientStatisticsCall call(grads, features, values, masks, eps, channel_dim);
+  GradientStatistics& problem = call.problem;
+  const int64_t batch = problem.batch;
+  // The weights of fisher_map and of sum_c (g e)^2: upstream gradient / valid pixels, and upstream gradient / (2 attribution).
+  std::vector<double> fisher_weight = doubles_of(grad_fisher, {int64_t(values.size()), batch}, "grad_fisher");
+  for (size_t i = 0; i < fisher_weight.size(); ++i) {
+    const Tiling& tiling = problem.tilings[i / batch];
+    const uint8_t* mask = tiling.mask ? tiling.mask + i % batch * tiling.pixels : nullptr;
+    fisher_weight[i] /= double(mask ? std::max<int64_t>(std::accumulate(mask, mask + tiling.pixels, int64_t(0)), 1) : tiling.pixels);
   }
+  std::vector<double> attribution_weight = doubles_of(grad_attribution, {int64_t(features.size()), batch}, "grad_attribution");
+  const std::vector<double> roots = doubles_of(attribution, {int64_t(features.size()), batch}, "attribution");
+  for (size_t i = 0; i < roots.size(); ++i) attribution_weight[i] = roots[i] == 0 ? 0 : attribution_weight[i] / (2 * roots[i]);
+  const Tensors map_grads = call.accumulated(grad_fisher_maps, "grad_fisher_maps");
+  const Tensors more_map_grads = call.accumulated(grad_attribution_maps, "grad_attribution_maps");
+  check::maps(map_grads, call.g.flats, !values.empty(), "grad_fisher_maps");
+  check::maps(more_map_grads, call.g.flats, !features.empty(), "grad_attribution_maps");
+  const std::vector<void*> from_fisher = pointers_of(map_grads), from_attribution = pointers_of(more_map_grads);
+  const std::vector<View> to_grads = call.g.gradient_views(), to_features = call.e.gradient_views();
+  Tensors written, results;
+  for (const Tensor& x : call.values) written.push_back(empty_strided(x, x.strides().data()));
+  const std::vector<View> to_values = flat_views_of(written);
+  problem.fisher_weight = fisher_weight.data();
+  problem.attribution_weight = attribution_weight.data();
+  problem.fisher_map_grads = data_or_null(from_fisher);
+  problem.attribution_map_grads = data_or_null(from_attribution);
+  problem.to_grads = to_grads.data();
+  problem.to_features = data_or_null(to_features);
+  problem.to_values = data_or_null(to_values);
+  run(instruction_set().kernels->gradient_statistics_backward, problem, call.scratch_bytes);
+  call.g.finish(results);
+  call.e.finish(results);
+  for (size_t k = 0; k < values.size(); ++k) {
+    Tensor& result = results.emplace_back(written[k]);
+    if (values[k].get() == call.values[k].get()) continue;  // it was read as it is
+    result = torch::stable::empty_like(values[k]);
+    torch::stable::copy_(result, written[k]);
+  }
+  return results;
 }
 
-void gradient_statistics_forward(Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensor fisher,
-                                 Tensor attribution, Tensors fisher_maps, Tensors attribution_maps) {
-  mrf::check::gradient_statistics_forward(grads, features, values, masks, eps, fisher, attribution, fisher_maps, attribution_maps);
-  GradientStatisticsCall call(grads, features, values, masks, eps);
-  std::vector<double> partial(call.problem.units * 2);
-  std::vector<int64_t> valid(call.problem.units);
-  const std::vector<void*> maps = pointers_of(fisher_maps), more_maps = pointers_of(attribution_maps);
-  call.problem.partial = partial.data();
-  call.problem.valid = valid.data();
-  call.problem.fisher_maps = data_or_null(maps);
-  call.problem.attribution_maps = data_or_null(more_maps);
-  run(mrf::instruction_set().kernels->gradient_statistics_forward, call.problem, call.scratch_bytes);
-  void *to_fisher = flat_view_of(fisher).data, *to_attribution = flat_view_of(attribution).data;
-  if (dtype_of(fisher) == DType::float64)
-    write_statistics(call.problem, static_cast<double*>(to_fisher), static_cast<double*>(to_attribution));
-  else
-    write_statistics(call.problem, static_cast<float*>(to_fisher), static_cast<float*>(to_attribution));
+// ---- the balance penalty ----
+
+// Of (M, S, B): scale times the sum over m and s of 1 / mean or -log mean, mean = mean_b I + eps, and its derivative by each I_msb, (M, S).
+std::tuple<Tensor, Tensor> balance_penalty(Tensor information, bool logarithm, double eps, double scale) {
+  that(information.dim() == 3 && information.numel() > 0, "information", "a non-empty tensor (M, S, B)");
+  const int64_t modalities = information.size(0), scales = information.size(1), batch = information.size(2);
+  const std::vector<double> all = doubles_of(information, {modalities, scales, batch}, "information");
+  const Tensor penalty = empty({}, information.scalar_type()), slope = empty({modalities, scales}, information.scalar_type());
+  double total = 0;
+  fill(slope, [&](int64_t i) {
+    const double mean = std::accumulate(all.begin() + i * batch, all.begin() + (i + 1) * batch, 0.0) / double(batch) + eps;
+    total += logarithm ? -std::log(mean) : 1 / mean;
+    return -scale / double(batch) / (logarithm ? mean : mean * mean);
+  });
+  fill(penalty, [&](int64_t) { return scale * total; });
+  return {penalty, slope};
 }
 
-// fisher_weight, attribution_weight (K, B), float64: upstream gradient / valid pixels, and upstream gradient / (2 attribution).
-void gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensors fisher_map_grads, Tensors attribution_map_grads,
-                                  Tensors grads, Tensors features, Tensors values, Tensors masks, double eps, Tensors to_grads,
-                                  Tensors to_features, Tensors to_values) {
-  mrf::check::gradient_statistics_backward(fisher_weight, attribution_weight, fisher_map_grads, attribution_map_grads, grads, features, values,
-                                           masks, eps, to_grads, to_features, to_values);
-  GradientStatisticsCall call(grads, features, values, masks, eps);
-  const std::vector<View> dg = views_of(to_grads), de = views_of(to_features), df = flat_views_of(to_values);
-  const std::vector<void*> maps = pointers_of(fisher_map_grads), more_maps = pointers_of(attribution_map_grads);
-  call.problem.fisher_weight = static_cast<const double*>(flat_view_of(fisher_weight).data);
-  call.problem.attribution_weight = static_cast<const double*>(flat_view_of(attribution_weight).data);
-  call.problem.fisher_map_grads = data_or_null(maps);
-  call.problem.attribution_map_grads = data_or_null(more_maps);
-  call.problem.to_grads = dg.data();
-  call.problem.to_features = data_or_null(de);
-  call.problem.to_values = data_or_null(df);
-  populate(to_grads);
-  populate(to_features);
-  run(mrf::instruction_set().kernels->gradient_statistics_backward, call.problem, call.scratch_bytes);
-}
-
-std::string cpu_instruction_set() { return mrf::instruction_set().name; }
+std::string cpu_instruction_set() { return instruction_set().name; }
 
 }  // namespace
+}  // namespace mrf
 
 STABLE_TORCH_LIBRARY(modreg_fast_native, m) {
-  m.def(
-      "softmax_fisher_forward(Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int draws, Tensor? seed, float eps, "
-      "Tensor(a!) information, Tensor(b!) counts) -> ()");
-  m.def(
-      "softmax_fisher_backward(Tensor weight, Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int draws, Tensor? seed, "
-      "bool detach_reference, float eps, Tensor(a!)[] gradients) -> ()");
-  m.def(
-      "gradient_statistics_forward(Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, Tensor(a!) fisher, "
-      "Tensor(b!) attribution, Tensor(c!)[] fisher_maps, Tensor(d!)[] attribution_maps) -> ()");
-  m.def(
-      "gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensor[] fisher_map_grads, "
-      "Tensor[] attribution_map_grads, Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, "
-      "Tensor(a!)[] to_grads, Tensor(b!)[] to_features, Tensor(c!)[] to_values) -> ()");
-  m.def(
-      "modality_cross_entropy_forward(Tensor[] logits, Tensor target, Tensor? weight, Tensor? present, int ignore_index, "
-      "float label_smoothing, float eps, Tensor(a!) cross_entropy, Tensor(b!) joint, Tensor(c!) information, Tensor(d!) weights) -> bool");
-  m.def(
-      "modality_cross_entropy_backward(Tensor to_cross_entropy, Tensor to_joint, Tensor to_information, Tensor[] logits, Tensor target, "
-      "Tensor? weight, Tensor? present, int ignore_index, float label_smoothing, float eps, Tensor(a!)[] gradients) -> ()");
+  const std::string fisher =
+      "Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int samples, Tensor? seed, bool detach_reference, float eps, "
+      "int channel_dim)";
+  const std::string entropy =
+      "Tensor[] logits, Tensor target, Tensor? weight, Tensor? present, int ignore_index, float label_smoothing, float eps, int channel_dim)";
+  const std::string statistics =
+      "Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, bool maps, int channel_dim)";
+  m.def(("softmax_fisher_forward(" + fisher + " -> (Tensor, Tensor)").c_str());
+  m.def(("softmax_fisher_backward(Tensor grad_information, Tensor counts, " + fisher + " -> Tensor[]").c_str());
+  m.def(("modality_cross_entropy_forward(" + entropy + " -> (Tensor, Tensor, Tensor, Tensor, bool out_of_range)").c_str());
+  m.def(("modality_cross_entropy_backward(Tensor grad_cross_entropy, Tensor grad_joint, Tensor grad_information, " + entropy + " -> Tensor[]")
+            .c_str());
+  m.def(("gradient_statistics_forward(" + statistics + " -> (Tensor, Tensor, Tensor[], Tensor[])").c_str());
+  m.def(("gradient_statistics_backward(Tensor grad_fisher, Tensor grad_attribution, Tensor[] grad_fisher_maps, "
+         "Tensor[] grad_attribution_maps, Tensor attribution, " +
+         statistics + " -> Tensor[]")
+            .c_str());
+  m.def("balance_penalty(Tensor information, bool logarithm, float eps, float scale) -> (Tensor, Tensor)");
   m.def("cpu_instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CPU, m) {
-  m.impl("softmax_fisher_forward", TORCH_BOX(&softmax_fisher_forward));
-  m.impl("softmax_fisher_backward", TORCH_BOX(&softmax_fisher_backward));
-  m.impl("modality_cross_entropy_forward", TORCH_BOX(&modality_cross_entropy_forward));
-  m.impl("modality_cross_entropy_backward", TORCH_BOX(&modality_cross_entropy_backward));
-  m.impl("gradient_statistics_forward", TORCH_BOX(&gradient_statistics_forward));
-  m.impl("gradient_statistics_backward", TORCH_BOX(&gradient_statistics_backward));
+  m.impl("softmax_fisher_forward", TORCH_BOX(&mrf::softmax_fisher_forward));
+  m.impl("softmax_fisher_backward", TORCH_BOX(&mrf::softmax_fisher_backward));
+  m.impl("modality_cross_entropy_forward", TORCH_BOX(&mrf::modality_cross_entropy_forward));
+  m.impl("modality_cross_entropy_backward", TORCH_BOX(&mrf::modality_cross_entropy_backward));
+  m.impl("gradient_statistics_forward", TORCH_BOX(&mrf::gradient_statistics_forward));
+  m.impl("gradient_statistics_backward", TORCH_BOX(&mrf::gradient_statistics_backward));
+  m.impl("balance_penalty", TORCH_BOX(&mrf::balance_penalty));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
+  m.impl("cpu_instruction_set", TORCH_BOX(&mrf::cpu_instruction_set));
 }
 
 // `import modreg_fast._native` loads the library, which registers the ops.

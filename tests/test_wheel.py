@@ -74,7 +74,7 @@ if WITH_CUDA:
     assert mrf.backends()["cuda"].available or "finds no NVIDIA GPU" in mrf.backends()["cuda"].detail
     for stem in ("softmax_fisher", "gradient_statistics"):
         for direction in ("forward", "backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"modreg_fast_native::{stem}_{direction}", "CUDA")
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"modreg_fast_cuda::{stem}_{direction}", "CUDA")
     if torch.version.cuda:
         ctypes.CDLL(_native.__file__).aoti_torch_get_current_cuda_stream  # found by way of what the extension is linked with
 print("done")

@@ -32,7 +32,7 @@ class Target(NamedTuple):
 # ---- right calls ----
 
 
-def raw_features(shared=True):
+def raw_features():
     return [floats(B, C + s, P + s) for _ in range(M) for s in range(S)]
 
 
@@ -40,72 +40,51 @@ def raw_masks():
     return [bools(B, P + s) for s in range(S)]
 
 
-def raw_softmax_fisher(**more):
-    options = {"features": raw_features(), "masks": raw_masks(), "present": bools(B, M), "sigma": [0.5, 0.0]}
-    return {**options, "draws": 2, "seed": torch.tensor(3), **more}
+def raw_softmax_fisher():
+    options = {"features": raw_features(), "masks": raw_masks(), "present": bools(B, M), "sigma": [0.5, 0.0], "samples": 2}
+    return {**options, "seed": torch.tensor(3), "detach_reference": False, "eps": 1e-8, "channel_dim": 1}
 
 
-def raw_forward():
-    return {**raw_softmax_fisher(), "eps": 1e-8, "information": floats(M, S, B), "counts": torch.zeros(S, B, dtype=torch.int64)}
-
-
-def raw_backward():
-    options = raw_softmax_fisher(detach_reference=False, eps=1e-8, gradients=raw_features())
-    return {"weight": floats(M, S, B).double(), **options}
+def raw_softmax_fisher_backward():
+    upstream = {"grad_information": floats(M, S, B), "counts": torch.ones(S, B, dtype=torch.int64)}
+    return {**upstream, **raw_softmax_fisher()}
 
 
 def raw_statistics():
     tensors = {name: [floats(B, C + s, P + s) for s in range(S)] for name in ("grads", "features")}
-    return {**tensors, "values": [floats(B, P + s).abs() for s in range(S)], "masks": raw_masks(), "eps": 1e-8}
-
-
-def raw_maps():
-    return [floats(B, P + s) for s in range(S)]
-
-
-def raw_statistics_forward():
-    maps = {"fisher_maps": raw_maps(), "attribution_maps": raw_maps()}
-    return {**raw_statistics(), "fisher": floats(S, B), "attribution": floats(S, B), **maps}
+    values = [floats(B, P + s).abs() for s in range(S)]
+    return {**tensors, "values": values, "masks": raw_masks(), "eps": 1e-8, "maps": True, "channel_dim": 1}
 
 
 def raw_statistics_backward():
-    weights = {name: floats(S, B).double() for name in ("fisher_weight", "attribution_weight")}
-    maps = {"fisher_map_grads": raw_maps(), "attribution_map_grads": raw_maps()}
-    written = {"to_grads": raw_statistics()["grads"], "to_features": raw_statistics()["grads"], "to_values": raw_maps()}
-    return {**weights, **maps, **raw_statistics(), **written}
+    upstream = {name: floats(S, B) for name in ("grad_fisher", "grad_attribution", "attribution")}
+    maps = {f"grad_{name}_maps": [floats(B, P + s) for s in range(S)] for name in ("fisher", "attribution")}
+    return {**upstream, **maps, **raw_statistics()}
 
 
 def raw_cross_entropy():
     logits, target = [floats(B, C, P) for _ in range(M)], torch.randint(C, (B, P))
-    options = {
-        "weight": floats(C).double().abs(),
-        "present": bools(B, M),
-        "ignore_index": -100,
-        "label_smoothing": 0.1,
-        "eps": 1e-8,
-    }
-    return {"logits": logits, "target": target, **options}
-
-
-def raw_cross_entropy_forward():
-    sums = {"cross_entropy": floats(M, B), "joint": floats(B), "information": floats(M, B), "weights": floats(B)}
-    return {**raw_cross_entropy(), **sums}
+    options = {"weight": floats(C).abs(), "present": bools(B, M), "ignore_index": -100, "label_smoothing": 0.1}
+    return {"logits": logits, "target": target, **options, "eps": 1e-8, "channel_dim": 1}
 
 
 def raw_cross_entropy_backward():
-    upstream = {"to_cross_entropy": floats(M, B), "to_joint": floats(B), "to_information": floats(M, B)}
-    upstream = {name: x.double() for name, x in upstream.items()}
-    return {**upstream, **raw_cross_entropy(), "gradients": [floats(B, C, P) for _ in range(M)]}
+    upstream = {"grad_cross_entropy": floats(M, B), "grad_joint": floats(B), "grad_information": floats(M, B)}
+    return {**upstream, **raw_cross_entropy()}
 
 
 CROSS_ENTROPY = {"target": "labels", "weight": "optional", "present": "optional", "label_smoothing": "number", "eps": "number"}
 OPTIONS = {"present": "optional", "sigma": "sigma", "eps": "number"}
-
-
-def custom_softmax_fisher():
-    options = raw_softmax_fisher()
-    options["samples"] = options.pop("draws")
-    return {**options, "detach_reference": False, "eps": 1e-8, "channel_dim": 1, "backend": "cpu"}
+FISHER = {
+    **OPTIONS,
+    "features": "tensors",
+    "masks": "tensors",
+    "samples": "integer",
+    "seed": "noise_seed",
+    "channel_dim": "raw_dim",
+}
+STATISTICS = {**dict.fromkeys(("grads", "features", "values", "masks"), "tensors"), "eps": "number", "channel_dim": "raw_dim"}
+RAW_CROSS_ENTROPY = {**CROSS_ENTROPY, "logits": "tensors", "channel_dim": "raw_dim"}
 
 
 def maps_of(shape=(B, 4, 6)):
@@ -161,61 +140,39 @@ def loss_features():
 def targets() -> dict[str, Target]:
     native, custom = torch.ops.modreg_fast_native, torch.ops.modreg_fast
     found = {
-        "native.softmax_fisher_forward": Target(
-            native.softmax_fisher_forward,
-            raw_forward,
-            {
-                **OPTIONS,
-                **dict.fromkeys(("features", "masks"), "tensors"),
-                **dict.fromkeys(("information", "counts"), "tensor"),
-                "draws": "integer",
-            },
-            public=False,
-        ),
+        "native.softmax_fisher_forward": Target(native.softmax_fisher_forward, raw_softmax_fisher, FISHER, public=False),
         "native.softmax_fisher_backward": Target(
             native.softmax_fisher_backward,
-            raw_backward,
-            {**OPTIONS, **dict.fromkeys(("features", "masks", "gradients"), "tensors"), "weight": "tensor", "draws": "integer"},
+            raw_softmax_fisher_backward,
+            {**FISHER, "grad_information": "tensor", "counts": "tensor"},
             public=False,
         ),
         "native.gradient_statistics_forward": Target(
-            native.gradient_statistics_forward,
-            raw_statistics_forward,
-            {
-                **dict.fromkeys(("grads", "features", "values", "masks", "fisher_maps", "attribution_maps"), "tensors"),
-                **dict.fromkeys(("fisher", "attribution"), "tensor"),
-                "eps": "number",
-            },
-            public=False,
+            native.gradient_statistics_forward, raw_statistics, STATISTICS, public=False
         ),
         "native.gradient_statistics_backward": Target(
             native.gradient_statistics_backward,
             raw_statistics_backward,
             {
-                **dict.fromkeys(raw_statistics_backward(), "tensors"),
-                **dict.fromkeys(("fisher_weight", "attribution_weight"), "tensor"),
-                "eps": "number",
+                **STATISTICS,
+                **dict.fromkeys(("grad_fisher", "grad_attribution", "attribution"), "tensor"),
+                **dict.fromkeys(("grad_fisher_maps", "grad_attribution_maps"), "tensors"),
             },
             public=False,
         ),
         "native.modality_cross_entropy_forward": Target(
-            native.modality_cross_entropy_forward,
-            raw_cross_entropy_forward,
-            {
-                **CROSS_ENTROPY,
-                "logits": "tensors",
-                **dict.fromkeys(("cross_entropy", "joint", "information", "weights"), "tensor"),
-            },
-            public=False,
+            native.modality_cross_entropy_forward, raw_cross_entropy, RAW_CROSS_ENTROPY, public=False
         ),
         "native.modality_cross_entropy_backward": Target(
             native.modality_cross_entropy_backward,
             raw_cross_entropy_backward,
-            {
-                **CROSS_ENTROPY,
-                **dict.fromkeys(("logits", "gradients"), "tensors"),
-                **dict.fromkeys(("to_cross_entropy", "to_joint", "to_information"), "tensor"),
-            },
+            {**RAW_CROSS_ENTROPY, **dict.fromkeys(("grad_cross_entropy", "grad_joint", "grad_information"), "tensor")},
+            public=False,
+        ),
+        "native.balance_penalty": Target(
+            native.balance_penalty,
+            lambda: {"information": floats(M, S, B).abs(), "logarithm": True, "eps": 1e-8, "scale": 1.0},
+            {"information": "alone"},
             public=False,
         ),
         "modality_cross_entropy": Target(
@@ -352,19 +309,19 @@ def targets() -> dict[str, Target]:
         ),
         "custom.softmax_fisher": Target(
             custom.softmax_fisher,
-            custom_softmax_fisher,
+            lambda: {**raw_softmax_fisher(), "backend": "cpu"},
             {"sigma": "sigma", "eps": "number", "samples": "integer", "backend": "custom_backend"},
             public=False,
         ),
         "custom.modality_cross_entropy": Target(
             custom.modality_cross_entropy,
-            lambda: {**raw_cross_entropy(), "channel_dim": 1, "backend": "cpu"},
+            lambda: {**raw_cross_entropy(), "backend": "cpu"},
             {"label_smoothing": "number", "eps": "number", "backend": "custom_backend"},
             public=False,
         ),
         "custom.gradient_statistics": Target(
             custom.gradient_statistics,
-            lambda: {**raw_statistics(), "maps": True, "channel_dim": 1, "backend": "cpu"},
+            lambda: {**raw_statistics(), "backend": "cpu"},
             {"eps": "number", "backend": "custom_backend"},
             public=False,
         ),

@@ -48,7 +48,7 @@ NAMES = {"unknown": "no_such", "bytes": b"cpu", "number": 3, "list": ["cpu"], "l
 
 
 def wrong_tensor(x: Tensor, rng, raw: bool, alone: bool = False, dims: slice = slice(None)) -> dict[str, Callable]:
-    """Ways to make a tensor wrong. ``raw``: for the native ops, to which strides matter as well. ``alone``: nothing that it has to fit.
+    """Ways to make a tensor wrong. ``raw``: for the native ops, which take memory as it is. ``alone``: nothing that it has to fit.
     ``dims``: those whose size is not free."""
     plain = x.detach()
     found: dict[str, Callable] = {name: lambda value=value: value for name, value in NOT_TENSORS.items()}
@@ -70,8 +70,6 @@ def wrong_tensor(x: Tensor, rng, raw: bool, alone: bool = False, dims: slice = s
     if raw:
         found["a wrapper"] = lambda: Wrapper(plain)
         found["without storage"] = lambda: without_storage(plain)
-        if plain.dim() > 1:
-            found["strided"] = lambda: plain.repeat_interleave(2, -1)[..., ::2]
         found["huge of its rank"] = lambda: plain.new_zeros(()).expand((2**20,) * max(1, plain.dim()))
     return found
 
@@ -98,6 +96,8 @@ def wrong(kind: str, value, rng, raw: bool):
             "one more": lambda: [*value, value[k]],
             "none of them": lambda: value[k] if kind == "nested" else 3,
         }
+        if raw and kind == "tensors":
+            choices["all of them meta"] = lambda: [x.to("meta") for x in value]
         if kind == "tensors" and not raw and len(value) == 1:
             del choices["one less"]
         name = rng.choice(["changed"] * 6 + sorted(choices))
@@ -152,6 +152,24 @@ OBJECTS = {"None": None, "text": "x", "number": 3, "list": [1], "tensor": torch.
 SPECIAL: dict[str, Mapping[str, object]] = {
     "seed": {"-1": -1, "2^63": 2**63, "fraction": 0.5, "text": "1", "tensor": torch.tensor(1), "nan": NAN},
     "dim": {"0": 0, "7": 7, "-9": -9, "fraction": 1.5, "text": "1", "None": None, "2^70": 2**70, "nan": NAN},
+    "raw_dim": {
+        "0": 0,
+        "3": 3,
+        "-3": -3,
+        "2^62": 2**62,
+        "-2^63": -(2**63),
+        "fraction": 1.5,
+        "text": "1",
+        "None": None,
+        "2^70": 2**70,
+    },
+    "noise_seed": {
+        "two": torch.ones(2, dtype=torch.int64),
+        "float": floats(1),
+        "text": "1",
+        "number": 3,
+        "meta": torch.tensor(1, device="meta"),
+    },
     "custom_backend": {"unknown": "no_such", "number": 3, "None": None, "long": "x" * 10000},
     "any_dim": {"7": 7, "-9": -9, "fraction": 1.5, "text": "1", "None": None, "2^70": 2**70, "nan": NAN, "twice": (0, 0)},
     "weight": {"nan": NAN, "-1": -1.0, "inf": INF, "text": "1", "list": [1.0], "None": None},

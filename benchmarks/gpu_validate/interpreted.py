@@ -36,7 +36,7 @@ def _install() -> None:
     _compile_once(Path(os.environ["MODREG_FAST_DRY_RUN"]))
     for function in (softmax_fisher_forward, softmax_fisher_backward, gradient_statistics_forward, gradient_statistics_backward):
         function.default = function  # the backends name an overload, which spares a call its choice
-        setattr(torch.ops.modreg_fast_native, function.__name__, function)
+        setattr(torch.ops.modreg_fast_cuda, function.__name__, function)
     backends = sys.modules["modreg_fast.backends"]  # the package's attribute of that name is a function
     backends._STATUS["cuda"] = BackendStatus(True, "PTX for sm_90 interpreted on the CPU: for tests, slow")
     backends._REGISTRY["cuda"] = backends._REGISTRY["cuda"]._replace(devices=("cuda", "cpu"))

@@ -1,6 +1,6 @@
-// The raw ops modreg_fast_native::* for tensors on CUDA, on LibTorch's stable ABI: raw pointers and sizes of the tensors, one launch for each
+// The raw ops modreg_fast_cuda::*, on LibTorch's stable ABI: raw pointers and sizes of the tensors, one launch for each
 // part of a call (split.h), scratch memory from torch's allocator, all on the current stream.
-// The arguments are prepared by modreg_fast/backends/cpu, so a failed check here means a call that did not come from there.
+// The arguments are prepared by modreg_fast/backends/cuda, so a failed check here means a call that did not come from there.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
 #include "../dtype.h"
+#include "check.h"
 #include "launch.h"
 #include "split.h"
 
@@ -212,9 +212,30 @@ std::string cuda_architectures() { return MRF_CUDA_ARCHITECTURES; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(modreg_fast_native, m) { m.def("cuda_architectures() -> str"); }
+STABLE_TORCH_LIBRARY(modreg_fast_cuda, m) {
+  m.def(
+      "softmax_fisher_forward(Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int draws, Tensor? seed, float eps, "
+      "Tensor(a!) information, Tensor(b!) counts) -> ()");
+  m.def(
+      "softmax_fisher_backward(Tensor weight, Tensor[] features, Tensor[] masks, Tensor? present, float[] sigma, int draws, Tensor? seed, "
+      "bool detach_reference, float eps, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "gradient_statistics_forward(Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, Tensor(a!) fisher, "
+      "Tensor(b!) attribution, Tensor(c!)[] fisher_maps, Tensor(d!)[] attribution_maps) -> ()");
+  m.def(
+      "gradient_statistics_backward(Tensor fisher_weight, Tensor attribution_weight, Tensor[] fisher_map_grads, "
+      "Tensor[] attribution_map_grads, Tensor[] grads, Tensor[] features, Tensor[] values, Tensor[] masks, float eps, "
+      "Tensor(a!)[] to_grads, Tensor(b!)[] to_features, Tensor(c!)[] to_values) -> ()");
+  m.def(
+      "modality_cross_entropy_forward(Tensor[] logits, Tensor target, Tensor? weight, Tensor? present, int ignore_index, "
+      "float label_smoothing, float eps, Tensor(a!) cross_entropy, Tensor(b!) joint, Tensor(c!) information, Tensor(d!) weights) -> bool");
+  m.def(
+      "modality_cross_entropy_backward(Tensor to_cross_entropy, Tensor to_joint, Tensor to_information, Tensor[] logits, Tensor target, "
+      "Tensor? weight, Tensor? present, int ignore_index, float label_smoothing, float eps, Tensor(a!)[] gradients) -> ()");
+  m.def("cuda_architectures() -> str");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(modreg_fast_cuda, CUDA, m) {
   m.impl("softmax_fisher_forward", TORCH_BOX(&softmax_fisher_forward));
   m.impl("softmax_fisher_backward", TORCH_BOX(&softmax_fisher_backward));
   m.impl("modality_cross_entropy_forward", TORCH_BOX(&modality_cross_entropy_forward));
@@ -223,6 +244,6 @@ STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CUDA, m) {
   m.impl("gradient_statistics_backward", TORCH_BOX(&gradient_statistics_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modreg_fast_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(modreg_fast_cuda, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }

@@ -109,12 +109,11 @@ def resolve(backend: str | None, tensor: Tensor, function: str, stem: str | None
     device = tensor.device.type
     name = backend or _override or _environment
     if name is None:
-        usable = [
-            name
-            for name, entry in _REGISTRY.items()
-            if _STATUS[name].available and (entry.devices is None or device in entry.devices) and computes(name, stem)
-        ]
-        return MEASURED if stem is not None and usable[: len(CANDIDATES)] == list(CANDIDATES) else usable[0]
+        for best in _REGISTRY:
+            if _usable(best, device, stem):
+                break
+        measured = best == CANDIDATES[0] and stem is not None and all(_usable(other, device, stem) for other in CANDIDATES)
+        return MEASURED if measured else best
     name = _require(str(name), function)
     devices = _REGISTRY[name].devices
     if devices is not None and device not in devices:
@@ -123,6 +122,11 @@ def resolve(backend: str | None, tensor: Tensor, function: str, stem: str | None
         having = " or ".join(repr(other) for other in _REGISTRY if computes(other, stem))
         raise ValueError(f"{function}: backend must be {having}, got {name!r}, which has no {stem}")
     return name
+
+
+def _usable(backend: str, device: str, stem: str | None) -> bool:
+    devices = _REGISTRY[backend].devices
+    return _STATUS[backend].available and (devices is None or device in devices) and computes(backend, stem)
 
 
 def computes(backend: str, stem: str | None) -> bool:

@@ -20,8 +20,16 @@ def flat(x: Tensor, channel_dim: int) -> Tensor:
 def shaped_like(gradient: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """The gradient of ``flat(x)`` as that of ``x``."""
     if channel_dim == 1:
-        return gradient if x.dim() == 3 else gradient.view(x.shape)
-    return gradient.view(x.movedim(channel_dim, 1).shape).movedim(1, channel_dim)
+        return laid_out_like(gradient.view(x.shape), x)
+    return laid_out_like(gradient.view(x.movedim(channel_dim, 1).shape).movedim(1, channel_dim), x)
+
+
+def laid_out_like(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient with the strides of ``torch.empty_like(x)``, as the fake kernels promise; a copy only where they differ."""
+    if gradient.is_contiguous() and x.is_contiguous() or gradient.stride() == x.stride():
+        return gradient
+    wanted = torch.empty_like(x, device="meta").stride()
+    return gradient if gradient.stride() == wanted else torch.empty_like(x).copy_(gradient)
 
 
 def layout_of(x: Tensor) -> Layout | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modreg_fast.backends.layout import layout_of
+from modreg_fast.backends.layout import flat, layout_of
 
 CANDIDATES = ("triton", "cuda")  # the first one where nothing was measured
 MOST_CHANNELS = 4096  # that cuda takes
@@ -56,5 +56,5 @@ def faster(op: str, pass_: str, x: Tensor) -> str:
 
 
 def chosen(backend: str, op: str, pass_: str, problem: Any) -> str:
-    """The backend of a pass of a flat problem."""
-    return backend if backend != MEASURED else faster(op, pass_, max(problem[0], key=Tensor.numel))
+    """The backend of a pass of a problem."""
+    return backend if backend != MEASURED else faster(op, pass_, flat(max(problem[0], key=Tensor.numel), problem.channel_dim))

@@ -47,21 +47,8 @@ def gradients_of(tensors: Sequence[Tensor | None], form: Form) -> tuple[Any, ...
     return tuple(value if part is Tensor or isinstance(part, tuple) or part == [] else None for value, part in values)
 
 
-def laid_out_like(gradients: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The gradients with the strides of ``torch.empty_like(input)``, as the fake kernels promise; copies only where they differ."""
-
-    def laid_out(gradient: Tensor, x: Tensor) -> Tensor:
-        wanted = torch.empty_like(x, device="meta").stride()
-        return gradient if gradient.stride() == wanted else torch.empty_like(x).copy_(gradient)
-
-    return [
-        g if g.is_contiguous() and x.is_contiguous() or g.stride() == x.stride() else laid_out(g, x)
-        for g, x in zip(gradients, inputs, strict=True)
-    ]
-
-
 def vector_jacobian_product(
-    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+    function: Callable[..., list[Tensor] | Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """``upstream . d function / d inputs``, itself differentiable; None for inputs that are not floating point.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from modreg_fast.backends import implementation
 from modreg_fast.backends.measured import chosen
 from modreg_fast.ops import _eager
-from modreg_fast.ops._autograd import Form, flattened, gradients_of, laid_out_like, restored, vector_jacobian_product
+from modreg_fast.ops._autograd import Form, flattened, gradients_of, restored, vector_jacobian_product
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -41,7 +41,10 @@ class Op:
         fields, results = reference.Problem._fields, reference.Result._fields
         self.inputs, self.upstream = len(reference.DIFFERENTIABLE_INPUTS), len(reference.DIFFERENTIABLE_RESULTS)
         self.kept = [results.index(name) for name in reference.KEPT_RESULTS]
-        self.fields, self.results = len(fields), len(results)
+        self.fields = len(fields)
+        # Among the inputs of the backward pass: where each result is, if it is kept. Of the others there are no gradients.
+        self.places = [self.upstream + self.kept.index(i) if i in self.kept else None for i in range(len(results))]
+        self.no_upstream = [None] * (len(results) - self.upstream)
         # What is differentiable comes first.
         assert fields[: self.inputs] == reference.DIFFERENTIABLE_INPUTS
         assert results[: self.upstream] == reference.DIFFERENTIABLE_RESULTS
@@ -70,41 +73,51 @@ class Op:
         if not torch.compiler.is_compiling():
             tensors, form = flattened(problem)
             if _eager.is_transformed(tensors):
-                return self.reference.forward(problem.flat())
+                return self.reference.forward(problem)
             if not _eager.is_seen(tensors):
                 return _eager.call(self, problem, backend, tensors, form)
         return self.reference.Result(*self.custom(*problem, backend))
 
+    def scalar(
+        self, problem: Any, backend: str, scalar: Callable[[Any], Tensor], with_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """``scalar(op(problem, backend))``. Eager calls take one node of autograd for both, by way of ``with_slope``: of the first result,
+        the scalar and its derivative by it without the last dimension, along which that is one."""
+        if not torch.compiler.is_compiling():
+            tensors, form = flattened(problem)
+            if _eager.is_plain(tensors):
+                return _eager.scalar(self, problem, backend, tensors, form, with_slope, scalar)
+        return scalar(self(problem, backend))
+
     # ---- what all ways run ----
 
     def run(self, problem: Any, backend: str) -> Any:
-        problem = problem.flat()
         return implementation(chosen(backend, self.stem, "forward", problem), self.stem).forward(problem)
 
     def run_backward(self, inputs: Sequence[Any], backend: str) -> list[Tensor]:
         upstream, result, problem = self._parted(inputs)
-        flat = problem.flat()
-        computing = implementation(chosen(backend, self.stem, "backward", flat), self.stem)
-        gradients = problem.shaped(computing.backward(flat, result, upstream))
-        return laid_out_like(gradients, self._differentiable(problem))
+        computing = implementation(chosen(backend, self.stem, "backward", problem), self.stem)
+        gradients: list[Tensor] = computing.backward(problem, result, upstream)
+        return gradients
 
     def second_gradients(self, inputs: Sequence[Tensor], form: Form, upstream: Sequence[Tensor]) -> list[Tensor | None]:
         """Of the flattened inputs of the backward op."""
 
         def gradients(*tensors: Tensor) -> list[Tensor]:
             up, result, problem = self._parted(restored(tensors, form))
-            return problem.shaped(self.reference.backward(problem.flat(), result, up))
+            found: list[Tensor] = self.reference.backward(problem, result, up)
+            return found
 
         return vector_jacobian_product(gradients, inputs, upstream)
 
     def _parted(self, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
         """The inputs of the backward op as the upstream gradients, the kept results, and the problem."""
-        kept: list[Tensor | None] = [None] * self.results
-        for i, x in zip(self.kept, inputs[self.upstream :], strict=False):
-            kept[i] = x
-        first = self.upstream + len(self.kept)
-        upstream = self.reference.Result(*inputs[: self.upstream], *[None] * (self.results - self.upstream))
-        return upstream, self.reference.Result(*kept), self.reference.Problem(*inputs[first : first + self.fields])
+        result, first = self.reference.Result, self.upstream + len(self.kept)
+        return (
+            result._make([*inputs[: self.upstream], *self.no_upstream]),
+            result._make([None if k is None else inputs[k] for k in self.places]),
+            self.reference.Problem._make(inputs[first : first + self.fields]),
+        )
 
     # ---- the custom ops ----
 

@@ -5,7 +5,7 @@ Per tensor, with the gradient ``g`` and the feature ``e`` of shape ``(B, C, P)``
     fisher_map      = sum_c g^2 / (f + eps)               fisher[b]      = mean of fisher_map over valid pixels
     attribution_map = sqrt( sum_c (g * e)^2 )             attribution[b] = sqrt( sum of attribution_map^2 over valid pixels )
 
-Every backend takes a flat :class:`Problem` and gives a :class:`Result`.
+Every backend takes a :class:`Problem` and gives a :class:`Result`.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modreg_fast.backends.layout import flat, shaped_like
+from modreg_fast.backends.layout import flat, laid_out_like, shaped_like
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype, keep
 
 
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
         """The gradients of the flat problem as those of this one."""
         count = len(self.grads) + len(self.features)
         inputs = zip(gradients, [*self.grads, *self.features], strict=False)
-        to_values = [g.view(f.shape) for g, f in zip(gradients[count:], self.values, strict=True)]
+        to_values = [laid_out_like(g.view(f.shape), f) for g, f in zip(gradients[count:], self.values, strict=True)]
         return [*(shaped_like(g, x, self.channel_dim) for g, x in inputs), *to_values]
 
     @property
@@ -97,6 +97,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 def forward(problem: Problem) -> Result:
     """In differentiable PyTorch."""
+    problem = problem.flat()
     grads, features, values, masks, eps, maps, _ = problem
     dtype = problem.dtype
     fisher, attribution, fisher_maps, attribution_maps = [], [], [], []
@@ -127,6 +128,7 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         dg = 2 u / (f + eps) g + 2 v g e^2        de = 2 v g^2 e        df = -u sum_c g^2 / (f + eps)^2
 
     In differentiable PyTorch, so that it serves second derivatives as well."""
+    given, problem = problem, problem.flat()
     grads, features, values, masks, eps, *_ = problem
     dtype = problem.dtype
     to_grads, to_features, to_values = [], [], []
@@ -153,4 +155,4 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
             total = total + 2 * v[:, None] * g * e.square()
             to_features.append((2 * v[:, None] * g.square() * e).to(features[k].dtype))
         to_grads.append(total.to(original.dtype))
-    return [*to_grads, *to_features, *to_values]
+    return given.shaped([*to_grads, *to_features, *to_values])

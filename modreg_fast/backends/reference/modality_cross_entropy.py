@@ -124,6 +124,7 @@ def _masked(problem: Problem, valid: Tensor) -> tuple[list[Tensor], list[Tensor]
 
 def forward(problem: Problem) -> Result:
     """In differentiable PyTorch."""
+    problem = problem.flat()
     # Under vmap, too, nobody can look.
     if problem.target.device.type == "cpu" and unbatched(problem.target) and (error := problem.out_of_range()):
         raise error
@@ -152,6 +153,7 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         d ce_m / dX_m = g        d ce / dX_m = (T softmax(R) - t) / M        d I_m / dX_m = 2 T / F J(p) g - N / F^2 g
 
     In differentiable PyTorch, so that it serves second derivatives as well."""
+    given, problem = problem, problem.flat()
     on = _target(problem)
     xs, counted, count = _masked(problem, on.valid)
     total = torch.where(on.known, on.total, torch.nan)[:, None]
@@ -167,4 +169,4 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         own = own + 2 * v * total / f * p * (g - (p * g).sum(1, keepdim=True))
         return keep(own + shared, counted[m][:, None]).to(problem.logits[m].dtype)
 
-    return [gradient(m) for m in range(len(xs))]
+    return given.shaped([gradient(m) for m in range(len(xs))])

@@ -8,7 +8,7 @@ Per scale, with modality features ``X_m`` of shape ``(B, C, P)``::
     I_m  = sum_c (p_mc - q_c)^2 / (f_m + eps)
     information[m, s, b] = mean of I_m over valid pixels and draws
 
-Every backend takes a flat :class:`Problem` and gives a :class:`Result`.
+Every backend takes a :class:`Problem` and gives a :class:`Result`.
 """
 
 from collections.abc import Iterator
@@ -129,6 +129,7 @@ def _scale_terms(problem: Problem, s: int, valid: list[Tensor | None]) -> tuple[
 
 def forward(problem: Problem) -> Result:
     """In differentiable PyTorch."""
+    problem = problem.flat()
     features, masks, dtype = problem.features, problem.masks, accumulation_dtype(problem.features)
     information = []
     counts = []
@@ -152,6 +153,7 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         dI/dR   = J(q) [ -2 / (f + eps) d  +  N / (f + eps)^2 log p ]
 
     In differentiable PyTorch, so that it serves second derivatives as well."""
+    given, problem = problem, problem.flat()
     modalities, scales = problem.modalities, problem.scales
     gradients: list[Tensor] = [torch.empty(0)] * len(problem.features)
     for s in range(scales):
@@ -169,4 +171,4 @@ def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]
         for m in range(modalities):
             k = m * scales + s
             gradients[k] = keep(own[m] + shared, valid[m]).to(problem.features[k].dtype)
-    return gradients
+    return given.shaped(gradients)

@@ -333,8 +333,8 @@ def backward_launches(problem: Problem, result: Result, upstream: Result) -> tup
 
 
 def forward(problem: Problem) -> Result:
-    return launches.run(*forward_launches(problem))
+    return launches.run(*forward_launches(problem.flat()))
 
 
 def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
-    return launches.run(*backward_launches(problem, result, upstream))
+    return problem.shaped(launches.run(*backward_launches(problem.flat(), result, upstream)))

@@ -449,6 +449,7 @@ def backward_launches(problem: Problem, upstream: Result) -> tuple[list[Tensor],
 
 
 def forward(problem: Problem) -> Result:
+    problem = problem.flat()
     # Of the interpreter; a GPU would have to be waited for.
     if problem.target.device.type == "cpu" and (error := problem.out_of_range()):
         raise error
@@ -456,4 +457,4 @@ def forward(problem: Problem) -> Result:
 
 
 def backward(problem: Problem, result: Result, upstream: Result) -> list[Tensor]:
-    return launches.run(*backward_launches(problem, upstream))
+    return problem.shaped(launches.run(*backward_launches(problem.flat(), upstream)))
