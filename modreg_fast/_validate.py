@@ -118,7 +118,7 @@ def different(x: object, function: str, argument: str) -> Sequence[str]:
 
 
 def modalities(x: object, function: str, argument: str, values: str = "tensors") -> Mapping:  # type: ignore[type-arg]
-    if not isinstance(x, Mapping):
+    if type(x) is not dict and not isinstance(x, Mapping):
         fail(function, argument, f"a mapping from modality to {values}", type(x).__name__, TypeError)
     if len(x) == 0:
         fail(function, argument, "a mapping with at least one modality", "an empty one")
@@ -201,7 +201,7 @@ def unbatched(x: Tensor) -> bool:
 
 
 def positive_integer(x: object, function: str, argument: str) -> int:
-    if isinstance(x, bool) or not isinstance(x, Integral):
+    if type(x) is not int and (isinstance(x, bool) or not isinstance(x, Integral)):
         fail(function, argument, "an integer", type(x).__name__, TypeError)
     if x < 1:
         fail(function, argument, "an integer of at least 1", x)

@@ -250,3 +250,23 @@ def test_default_dtype_does_not_leak(backend):
             assert torch.equal(loss(), value)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_nothing_is_copied_from_the_host(monkeypatch):
+    """To where the features are, as which a device without memory serves: numbers get there by fills."""
+
+    def copy(*arguments, **options):
+        raise AssertionError("a tensor made from Python numbers")
+
+    monkeypatch.setattr(torch, "tensor", copy)
+    monkeypatch.setattr(torch, "as_tensor", copy)
+    features = {m: [torch.randn(2, 8, 4, 4, device="meta", requires_grad=True)] for m in ("rgb", "depth")}
+    present = torch.ones(2, 2, dtype=torch.bool, device="meta")
+    scores = sum(x.mean((2, 3)) for (x,) in features.values())
+    for penalty in (
+        mrf.FunctionalEntropyLoss(scale_weights=[0.5])(features, present=present),
+        mrf.AttributionLoss({"rgb": 1, "depth": 3})(scores, features, present=present),
+        mrf.AttributionLoss({"rgb": 1, "depth": 3})(scores, features),
+    ):
+        penalty.backward()
+        assert penalty.device.type == "meta"

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import modreg_fast as mrf
-from modreg_fast.functional import gradient_statistics, softmax_fisher_information
+from modreg_fast.functional import balance_penalty, gradient_statistics, softmax_fisher_information
 
 # torch.func's own: its decompositions on their first use, and how linearize holds constants.
 pytestmark = [
@@ -88,6 +88,33 @@ def test_same_bits_without_a_graph(backend):
             alone = function(*arguments)
         assert torch.equal(function(*(x.clone().requires_grad_() for x in arguments)), alone)
         assert torch.equal(function(*arguments), alone) and not alone.requires_grad
+
+
+@pytest.mark.parametrize("objective", ["inverse", "log"])
+def test_the_loss_in_one_node(backend, objective):
+    """Where all count; against the op, then the penalty by autograd's own derivatives, and under a mode, which sees the op."""
+    loss = mrf.FunctionalEntropyLoss(0.5, objective=objective, backend=backend)
+    scales = [torch.randn(2, *shape, dtype=torch.float64) for shape in (SHAPE, (3, 7))]
+
+    def results(function):
+        leaves = [x.clone().requires_grad_() for scale in scales for x in scale]
+        value = function({"rgb": leaves[::2], "depth": leaves[1::2]})
+        first = torch.autograd.grad(3 * value, leaves, create_graph=True)
+        helpers.assert_close(torch.autograd.grad(3 * value, leaves, retain_graph=True), first, 1e-12)
+        return [value, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)]
+
+    def composed(features):
+        information = softmax_fisher_information(list(features.values()), backend=backend)
+        return 0.5 * balance_penalty(information, objective=objective, valid=torch.ones_like(information, dtype=torch.bool))
+
+    found, expected = results(loss), results(composed)
+    with Seen() as seen:
+        seen_found = results(loss)
+    assert "softmax_fisher_backward" in seen.ops
+    for a, b, c in zip(found, expected, seen_found, strict=True):
+        helpers.assert_close(a, b, 1e-10)
+        helpers.assert_close(c, b, 1e-10)
+    assert torch.equal(loss({"rgb": [x[0] for x in scales], "depth": [x[1] for x in scales]}), found[0])  # without a graph
 
 
 def test_modes_see_the_op(backend):

@@ -115,3 +115,10 @@ def pooled(values: Tensor, mask: Tensor | None, spatial: tuple[int, ...]) -> Ten
         return average_pooled(x, spatial) if spatial else x.flatten(1).mean(1)
 
     return pool(values) if mask is None else pool(values) / pool(mask.to(values.dtype)).clamp(min=1e-6)
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers in the dtype and on the device of ``like``; on a GPU by fills, for a copy from the host would wait."""
+    if like.device.type == "cpu":
+        return torch.tensor(values, dtype=like.dtype)
+    return torch.stack([like.new_full((), value) for value in values])

@@ -8,10 +8,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from modreg_fast import _validate as validate
-from modreg_fast.ops._eager import is_transformed
+from modreg_fast.backends import backends
+from modreg_fast.functional.masks import constants
+from modreg_fast.ops._eager import is_plain
 
 Objective = Literal["inverse", "norm", "log"]
 OBJECTIVES = get_args(Objective)
+
+_NATIVE = backends()["cpu"].available
 
 
 def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
@@ -115,8 +119,30 @@ def balance_penalty(
             validate.fail("balance_penalty", "valid", f"broadcastable to {validate.shape(information)}", validate.shape(valid))
     if information.dim() == 2:
         information, valid = information.unsqueeze(1), None if valid is None else valid.unsqueeze(1)
-    total, count = batch_totals(information, valid)
-    return penalty_of_mean(total, count, objective, eps, weights, function="balance_penalty")
+    return penalty_of_information(information, objective, eps, valid=valid, weights=weights)
+
+
+def penalty_of_information(
+    information: Tensor,
+    objective: str,
+    eps: float,
+    scale: float = 1.0,
+    *,
+    valid: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
+    function: str = "balance_penalty",
+) -> Tensor:
+    """``scale`` times the penalty of :func:`balance_penalty` from ``(M, S, B)``."""
+    # Where nobody traces or transforms, one node of autograd in place of seven.
+    if (
+        valid is None
+        and has_slope(objective, weights, information.shape[-1])
+        and not torch.compiler.is_compiling()
+        and is_plain([information])
+    ):
+        penalty: Tensor = _Penalty.apply(information, objective, validate.number(eps, function, "eps"), scale)
+        return penalty
+    return penalty_of_mean(*batch_totals(information, valid), objective, eps, weights, function=function, scale=scale)
 
 
 def batch_totals(information: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | int]:
@@ -141,24 +167,15 @@ def penalty_of_mean(
     validate.number(eps, function, "eps")
     validate.one_of(objective, OBJECTIVES, function, "objective")
     if weights is not None:
-        if not isinstance(weights, Tensor):
-            weights = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
-        weights = torch.as_tensor(weights, dtype=total.dtype, device=total.device)
+        if isinstance(weights, Tensor):
+            weights = weights.to(total)
+        else:
+            numbers = [validate.number(weight, function, "weights") for weight in validate.sequence(weights, function, "weights")]
+            weights = constants(numbers, total)
         if weights.shape != total.shape[1:]:
             validate.fail(function, "weights", f"one number per scale ({total.shape[1]})", validate.shape(weights))
     if not isinstance(count, Tensor) and count == 0:
         count = torch.zeros_like(total)
-    # Where nobody traces or transforms, one node of autograd in place of six.
-    if (
-        type(total) is Tensor
-        and isinstance(count, int)
-        and weights is None
-        and objective != "norm"
-        and not torch.compiler.is_compiling()
-        and not is_transformed([total])
-    ):
-        penalty: Tensor = _Penalty.apply(total, count, objective, eps, scale)
-        return penalty
     return scale * _penalty(total, count, objective, eps, weights)
 
 
@@ -173,22 +190,41 @@ def _penalty(total: Tensor, count: Tensor | int, objective: str, eps: float, wei
     return torch.linalg.vector_norm(terms) if objective == "norm" else terms.sum()
 
 
+def has_slope(objective: str, weights: object, batch: int) -> bool:
+    """Whether :func:`value_and_slope` has the penalty, where all count."""
+    return objective in ("inverse", "log") and weights is None and batch > 0
+
+
+def value_and_slope(information: Tensor, objective: str, eps: float, scale: float) -> tuple[Tensor, Tensor]:
+    """:func:`penalty_of_information` without weights, where all count, "inverse" or "log"; and its derivative by the entries of each
+    modality and scale, ``(M, S)``."""
+    if information.device.type == "cpu" and _NATIVE:
+        value, slope = torch.ops.modreg_fast_native.balance_penalty.default(information, objective == "log", eps, scale)
+        return value, slope
+    mean = information.mean(-1) + eps
+    value = scale * (-mean.log() if objective == "log" else mean.reciprocal()).sum()
+    return value, _slope(mean, information, objective, scale)
+
+
+def _slope(mean: Tensor, information: Tensor, objective: str, scale: float) -> Tensor:
+    # d(-log mean) = -1 / mean, d(1 / mean) = -1 / mean^2
+    return (mean if objective == "log" else mean.square()).reciprocal() * (-scale / information.shape[-1])
+
+
 class _Penalty(Function):
-    """``_penalty`` times ``scale`` without weights, where all count; "inverse" or "log"."""
+    """The value of :func:`value_and_slope`."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, count: int, objective: str, eps: float, scale: float) -> Tensor:
-        mean = total / count + eps
-        ctx.save_for_backward(total, mean)
-        ctx.options = count, objective, eps, scale
-        return scale * (-mean.log() if objective == "log" else mean.reciprocal()).sum()
+    def forward(ctx: Any, information: Tensor, objective: str, eps: float, scale: float) -> Tensor:
+        value, slope = value_and_slope(information, objective, eps, scale)
+        ctx.save_for_backward(information, slope)
+        ctx.options = objective, eps, scale
+        return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        total, mean = ctx.saved_tensors
-        count, objective, eps, scale = ctx.options
+        information, slope = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            mean = total / count + eps
-        # d(-log mean) = -1 / mean, d(1 / mean) = -1 / mean^2
-        gradient = upstream * (-scale / count) / (mean if objective == "log" else mean.square())
-        return gradient, None, None, None, None
+            objective, eps, scale = ctx.options
+            slope = _slope(information.mean(-1) + eps, information, objective, scale)
+        return (upstream * slope)[..., None].expand_as(information), None, None, None

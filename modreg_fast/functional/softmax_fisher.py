@@ -69,13 +69,14 @@ def softmax_fisher_information(
         >>> softmax_fisher_information([[rgb], [depth]]).shape
         torch.Size([2, 1, 2])
     """
-    information, _ = softmax_fisher_with_counts(
+    problem, name = checked_problem(
         features, mask, present, sigma, samples, seed, generator, detach_reference, channel_dim, eps, backend
     )
+    information: Tensor = ops.softmax_fisher(problem, name).information
     return information
 
 
-def softmax_fisher_with_counts(
+def checked_problem(
     features: Sequence[Sequence[Tensor]],
     mask: Tensor | Sequence[Tensor] | None,
     present: Tensor | None,
@@ -90,8 +91,8 @@ def softmax_fisher_with_counts(
     *,
     function: str = "softmax_fisher_information",
     names: Sequence[str] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`softmax_fisher_information` and the number of valid pixels ``(S, B)``. ``names``: of the modalities, for messages."""
+) -> tuple[Problem, str]:
+    """The problem of :func:`softmax_fisher_information` and who computes it. ``names``: of the modalities, for messages."""
     features = _checked(features, channel_dim, function, names)
     modalities, first = len(features), features[0][0]
     device, batch = first.device, first.shape[0]
@@ -109,8 +110,7 @@ def softmax_fisher_with_counts(
         samples = 1  # without noise every draw is the same
     name = resolve(backend, first, function, "softmax_fisher") if batch else "reference"  # no kernel runs over nothing
     flat = [x for row in features for x in row]
-    problem = Problem(flat, masks, present, sigmas, samples, noise_seed, detach_reference, float(eps), channel_dim)
-    return ops.softmax_fisher(problem, name)
+    return Problem(flat, masks, present, sigmas, samples, noise_seed, detach_reference, float(eps), channel_dim), name
 
 
 def _checked(
@@ -152,6 +152,8 @@ def _checked(
 
 
 def _sigmas(sigma: float | Sequence[float], modalities: int, function: str) -> list[float]:
+    if type(sigma) is float:  # spares the look-up of an abstract class
+        return [validate.number(sigma, function, "sigma")] * modalities
     values = list(sigma) if isinstance(sigma, Sequence) else [sigma] * modalities
     if len(values) != modalities:
         validate.fail(function, "sigma", f"a number or one per modality ({modalities})", f"{len(values)} numbers")

@@ -10,6 +10,7 @@ from modreg_fast import _validate as validate
 from modreg_fast.distributed import Grouped, sum_over_ranks
 from modreg_fast.double_backward import differentiable, gradients
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
+from modreg_fast.functional.masks import constants
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -146,15 +147,18 @@ class AttributionLoss(Grouped):
         assert attribution is not None
         # (M, B): scales, and parts on other ranks, are pooled by the L2 norm, as pixels are.
         if len(flat) > len(scales) or self.spatial_group is not None:
-            by_scale = attribution.double().square().split([len(row) for row in scales])
-            squares = torch.stack([rows.sum(0) for rows in by_scale])
+            squares, lengths = attribution.double().square(), [len(row) for row in scales]
+            if len(set(lengths)) == 1:
+                squares = squares.view(len(scales), lengths[0], batch).sum(1)
+            else:
+                squares = torch.stack([rows.sum(0) for rows in squares.split(lengths)])
             attribution = _root(sum_over_ranks(squares, self.spatial_group)).to(attribution.dtype)
         return self._penalty(attribution, shares, counts, list(features), return_details)
 
     def _counts(self, present: Tensor, shares: list[float], scores: Tensor) -> Tensor:
         """Which modality of which sample counts, ``(B, M)``: the present ones, if any of them has a target."""
         present = validate.present(present, len(scores), len(shares), scores.device, type(self).__name__)
-        targeted = torch.tensor([x > 0 for x in shares], device=present.device)
+        targeted = constants([x > 0 for x in shares], present)
         return present & (present & targeted).any(1, keepdim=True)
 
     def _penalty(
@@ -162,17 +166,18 @@ class AttributionLoss(Grouped):
     ) -> Tensor | tuple[Tensor, AttributionDetails]:
         target: Tensor | float = shares[0]
         if counts is not None or len(set(shares)) > 1:
-            target = torch.tensor(shares, dtype=attribution.dtype, device=attribution.device)[:, None]
+            target = constants(shares, attribution)[:, None]
         if counts is not None:
             target = modality_share(torch.where(counts.T, target, 0))
         whole = attribution.sum(0)
         counted = whole != 0  # NaN counts: it must show in the penalty
         share = attribution / torch.where(counted, whole, 1)
         distance = (share - target).abs() if self.norm == "l1" else (share - target).square()
-        sums = [torch.where(counted, distance, 0).sum()[None], counted.sum()[None].to(distance.dtype)]
+        total, count, means = torch.where(counted, distance, 0).sum(), counted.sum(), []
         if return_details or self.process_group is not None:  # in one tensor: ranks meet once, whoever of them asks for details
-            sums.append(torch.where(counted, torch.cat([share, attribution]), 0).sum(1).detach())
-        total, count, *means = sum_over_ranks(torch.cat(sums), self.process_group)
+            details = torch.where(counted, torch.cat([share, attribution]), 0).sum(1).detach()
+            sums = torch.cat([total[None], count[None].to(total.dtype), details])
+            total, count, *means = sum_over_ranks(sums, self.process_group)
         penalty = total / count.clamp(min=1)
         if not return_details:
             return penalty

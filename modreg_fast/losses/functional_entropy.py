@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from modreg_fast import _validate as validate
+from modreg_fast import ops
 from modreg_fast.distributed import Grouped, mean_over_parts, sum_over_ranks
 from modreg_fast.double_backward import differentiable, gradients
 from modreg_fast.functional import gradient_statistics, resize_mask
 from modreg_fast.functional.masks import all_pixels, pooled, valid_pixels
-from modreg_fast.functional.penalties import OBJECTIVES, Objective, batch_totals, penalty_of_mean
-from modreg_fast.functional.softmax_fisher import softmax_fisher_with_counts
+from modreg_fast.functional.penalties import (
+    OBJECTIVES,
+    Objective,
+    batch_totals,
+    has_slope,
+    penalty_of_information,
+    penalty_of_mean,
+    value_and_slope,
+)
+from modreg_fast.functional.softmax_fisher import checked_problem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -146,7 +155,7 @@ class FunctionalEntropyLoss(Grouped):
             return_details: return ``(penalty, InformationDetails)``.
         """
         features, present = self.by_name(validate.modalities(features, type(self).__name__, "features"), present)
-        information, counts = softmax_fisher_with_counts(
+        problem, backend = checked_problem(
             list(features.values()),
             mask,
             present,
@@ -161,6 +170,16 @@ class FunctionalEntropyLoss(Grouped):
             function=type(self).__name__,
             names=list(features),
         )
+        plain = mask is None and present is None and self.process_group is None and self.spatial_group is None
+        if plain and not return_details and has_slope(self.objective, self.scale_weights, problem.features[0].shape[0]):
+            options = self.objective, self.eps, self.feature_weight
+            return ops.softmax_fisher.scalar(
+                problem,
+                backend,
+                lambda result: penalty_of_information(result.information, *options),
+                lambda information: value_and_slope(information, *options),
+            )
+        information, counts = ops.softmax_fisher(problem, backend)
         information, counts = mean_over_parts(information, counts, self.spatial_group)
         valid = None
         if mask is not None or present is not None:
@@ -259,14 +278,20 @@ class FunctionalEntropyLoss(Grouped):
         names: list[str],
         return_details: bool,
     ) -> Tensor | tuple[Tensor, InformationDetails]:
+        name = f"{type(self).__name__}.scale_weights"
+        if self.process_group is None:
+            penalty = penalty_of_information(
+                information, self.objective, self.eps, weight, valid=valid, weights=scale_weights, function=name
+            )
+            if not return_details:
+                return penalty
         total, count = batch_totals(information, valid)
         if self.process_group is not None:
             counts = count if isinstance(count, Tensor) else torch.full_like(total, count)
             total, count = (sum_over_ranks(x, self.process_group) for x in (total, counts))
-        name = f"{type(self).__name__}.scale_weights"
-        penalty = penalty_of_mean(total, count, self.objective, self.eps, scale_weights, function=name, scale=weight)
-        if not return_details:
-            return penalty
+            penalty = penalty_of_mean(total, count, self.objective, self.eps, scale_weights, function=name, scale=weight)
+            if not return_details:
+                return penalty
         return penalty, InformationDetails(dict(zip(names, (total / count).detach(), strict=True)))
 
 
