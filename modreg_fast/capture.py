@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from modreg_fast import _validate as validate
+from modreg_fast.ops._eager import is_transformed
 
 __all__ = ["capture"]
 
@@ -141,12 +142,12 @@ class _Recorder:
         tensors = _pick(output, source)
         grown: dict[int, Tensor] = {}
         if with_gradients:
-            grown = {id(x): _with_gradient(x) for x in tensors if not x.requires_grad and x.is_floating_point()}
+            grown = {id(x): _with_gradient(x) for x in tensors if _may_grow(x)}
         if grown:
             output = _replaced(output, grown)
             tensors = _pick(output, source)
             for x in tensors:
-                if x.is_floating_point():
+                if _may_grow(x):
                     x.requires_grad_()  # does so already, unless it stands in a container that cannot be built anew
         if not recomputing:
             if self.passes[-1].with_gradients and not with_gradients and _trained(source.module):
@@ -242,6 +243,11 @@ def _label(source: _Source) -> str:
     return repr(source.name if source.run is None else f"{source.name}#{source.run}")
 
 
+def _may_grow(x: Tensor) -> bool:
+    """Whether it lacks a gradient and can be given one: not under a transform, whose tangent would be lost."""
+    return not x.requires_grad and x.is_floating_point() and not is_transformed([x])
+
+
 def _with_gradient(x: Tensor) -> Tensor:
     """The same values in a tensor that requires and keeps a gradient; in the same memory, unless autograd refuses it. No leaf, for the
     model may go on by an operation in place."""
@@ -298,7 +304,7 @@ def _select(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
         argument = f"modules[{modality!r}]"
         for entry in [entries] if isinstance(entries, str | tuple) else validate.sequence(entries, "capture", argument):
             name, *steps = entry if isinstance(entry, tuple) and entry else (entry,)
-            if not isinstance(name, str) or not all(isinstance(step, str | int | slice) for step in steps):
+            if not isinstance(name, str) or not all(isinstance(x, str | int | slice) and not isinstance(x, bool) for x in steps):
                 validate.fail(
                     "capture", argument, "module names, or tuples of a name and indices or attributes", entry, TypeError
                 )

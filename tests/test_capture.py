@@ -269,6 +269,7 @@ def test_the_model_itself_and_its_order():
         ({"rgb": [7]}, TypeError, r"modules\['rgb'\] must be module names, or tuples .* got 7"),
         ({"rgb": [()]}, TypeError, r"got \(\)"),
         ({"rgb": [("head", 1.5)]}, TypeError, r"got \('head', 1.5\)"),
+        ({"rgb": [("head", True)]}, TypeError, r"got \('head', True\)"),
         ({"rgb": 7}, TypeError, r"modules\['rgb'\] must be a list or tuple, got int"),
         ({}, ValueError, "at least one modality"),
         (["head"], TypeError, "modules must be a mapping from modality to module names, got list"),

@@ -323,6 +323,20 @@ def test_frozen_encoder_that_switches_gradients_off(off):
     assert features["rgb"][0].grad.abs().sum() > 0 and model.head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_frozen_encoder_under_transforms():
+    """It gets no gradient there, and the tangent passes."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
+    x, v = torch.randn(5, 3), torch.randn(5, 3)
+    expected = torch.func.jvp(model, (x,), (v,))[1]
+    with mrf.capture(model, {"a": "0"}) as features:
+        torch.testing.assert_close(torch.func.jvp(model, (x,), (v,))[1], expected)
+        assert torch.equal(torch.func.vmap(model)(x), model(x)) and len(features["a"]) == 1
+        with torch.autograd.forward_ad.dual_level():
+            scores = model(torch.autograd.forward_ad.make_dual(x, v))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(scores).tangent, expected)
+
+
 def test_frozen_encoder_whose_output_is_changed_in_place():
     """The recorded tensor is what it became, and the model's own result stays."""
     model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.ReLU(inplace=True), nn.Linear(4, 2))
