@@ -157,10 +157,7 @@ def evaluate_missing(
     """
     function = "evaluate_missing"
     check_model(model, function)
-    streaming = all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
-    if isinstance(metric, type) or not (streaming or callable(metric)):
-        got = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
-        validate.fail(function, "metric", "a torchmetrics metric or a function", got, TypeError)
+    streaming = check_metric(metric, function)
     if higher_is_better is None:
         higher_is_better = getattr(metric, "higher_is_better", None) is not False
     collected: dict[frozenset[str], Any] = {}
@@ -189,6 +186,15 @@ def evaluate_missing(
         # In the same order on every rank, because a metric may gather.
         scores = {subset: _number(collected[frozenset(subset)].compute(), function) for subset in _subsets(names)}
     return MissingModalities(name_of(metric, "score"), scores, higher_is_better)
+
+
+def check_metric(metric: Any, function: str) -> bool:
+    """Whether it is updated batch by batch, as those of torchmetrics, and not a function."""
+    streaming = all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
+    if isinstance(metric, type) or not (streaming or callable(metric)):
+        got = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
+        validate.fail(function, "metric", "a torchmetrics metric or a function", got, TypeError)
+    return streaming
 
 
 def without(

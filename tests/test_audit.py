@@ -230,6 +230,12 @@ def test_estimates_leave_out_nan():
             r"inputs\['text'\] must be a floating point tensor, or name",
         ),
         ({"loss": lambda s, y: F.cross_entropy(s, y)}, ValueError, r"what loss returns must be of the shape \(16,\) .* got \(\)"),
+        ({"metric": "mIoU"}, TypeError, "metric must be a torchmetrics metric or a function, got str"),
+        (
+            {"metric": nn.CrossEntropyLoss, "model": 3},
+            TypeError,
+            "metric must be .* got the class CrossEntropyLoss",
+        ),  # before the rest
         ({"loss": "ce"}, TypeError, "loss must be a function, got str"),
         ({"loss": lambda s, y: s[:, 0].detach() ** 2}, ValueError, "what loss returns must be computed from the scores"),
         ({"loss": lambda s, y: -(s[:, 0] ** 2)}, ValueError, "what loss returns must be at least 0, got -"),

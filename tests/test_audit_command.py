@@ -47,6 +47,9 @@ def broken():
 def once():
     return iter(loader())
 
+def forgets():
+    half
+
 number = 3
 """
 
@@ -84,6 +87,7 @@ def test_command(project, capsys):
         (["--model", "mine.other:build"], "no module 'mine.other' here"),
         (["--model", "mine.check:make"], "module 'mine.check' has no function 'make'"),
         (["--model", "mine.check:number"], "module 'mine.check' has no function 'number'"),
+        (["--metric", "mine.check:forgets"], "mine.check:forgets returned None"),
         (["--features", "a=c"], r"modules\['a'\] must be names of modules, got 'c'"),
         (["--data", "mine.check:once"], "readable twice"),
         (["--html", "nowhere/page.html"], "nowhere/page.html cannot be written: there is no folder nowhere"),

@@ -111,7 +111,10 @@ def _made(module: str, name: str) -> Any:
     make: Callable[[], Any] | None = getattr(found, name, None)
     if not callable(make):
         raise AttributeError(f"module {module!r} has no function {name!r}")
-    return make()
+    made = make()
+    if made is None:
+        raise TypeError(f"{module}:{name} returned None")
+    return made
 
 
 def _place(text: str) -> tuple[str, str]:

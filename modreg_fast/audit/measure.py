@@ -18,7 +18,7 @@ from modreg_fast.distributed import on_all_ranks
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
 from modreg_fast.functional.masks import pooled, spatial_shape, valid_pixels
 from modreg_fast.losses.attribution import selected_score
-from modreg_fast.missing import Drop, evaluate_missing
+from modreg_fast.missing import Drop, check_metric, evaluate_missing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -155,7 +155,7 @@ def audit(
     if loss is not None and not callable(loss):
         validate.fail("audit", "loss", "a function", type(loss).__name__, TypeError)
     validate.one_of(baseline, ("zero", "mean"), "audit", "baseline")
-    if process_group is not None and metric is not None and not callable(getattr(metric, "compute", None)):
+    if metric is not None and not check_metric(metric, "audit") and process_group is not None:
         validate.fail(
             "audit", "metric", "one of torchmetrics with process_group: a function sees the samples of one rank", "a function"
         )
