@@ -80,7 +80,10 @@ def test_every_form_shows_the_inputs(tmp_path):
     assert json.loads(result.to_json())["share_at_inputs"]["depth"]["mean"] == told.mean
     assert ">Inputs</th>" in result.to_html() and "100 *" not in result.to_html()
     assert [x.get_text() for x in result.plot().axes[0].get_xticklabels()][-1] == "inputs"
-    result.plot().savefig(tmp_path / "audit.png")
+    figure = result.plot()
+    figure.savefig(tmp_path / "audit.png")
+    title = figure._suptitle.get_window_extent()
+    assert title.x1 < figure.bbox.x1 and title.y1 <= figure.bbox.y1  # the whole verdict
 
 
 def test_an_absent_modality_has_no_share_at_the_inputs():

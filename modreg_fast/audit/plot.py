@@ -1,5 +1,6 @@
 """The picture of an audit, for papers and notebooks."""
 
+import textwrap
 from math import isfinite
 from typing import Any
 
@@ -15,6 +16,7 @@ from modreg_fast.audit.result import Audit, Estimate
 STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 WIDTH, CHARTS = 10.0, 3.2  # inches
 ACROSS = 12  # pictures
+LINE = 120  # signs of the verdict
 
 
 def figure(audit: Audit) -> Figure:
@@ -23,8 +25,9 @@ def figure(audit: Audit) -> Figure:
     pictures = [x for example in shown for x in [*example.inputs.items(), ("share", example.shares)]]
     below = min(WIDTH / len(pictures), 2.0) + 0.3 if pictures else 0.0
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, CHARTS + below + 0.4), layout="constrained")
-        figure.suptitle(audit.verdict, x=0.01, ha="left", fontsize=10)
+        title = textwrap.fill(audit.verdict, LINE)
+        figure = Figure(figsize=(WIDTH, CHARTS + below + 0.2 + 0.2 * len(title.splitlines())), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         parts: Any = figure.subfigures(2, 1, height_ratios=[CHARTS, below]) if pictures else [figure]
         _charts(parts[0].subplots(1, 3), audit)
         for axis, (name, image) in zip(parts[1].subplots(1, len(pictures)) if pictures else [], pictures, strict=True):
@@ -41,7 +44,8 @@ def _charts(axes: Any, audit: Audit) -> None:
     if audit.share_at_inputs:
         scales, shares = [*scales, "inputs"], {m: [*row, audit.share_at_inputs[m]] for m, row in shares.items()}
     _bars(axes[0], shares, scales, factor=100)
-    axes[0].set_title(f"share of the attribution at the {audit.measured_at}, %", loc="left")
+    place = "" if audit.share_at_inputs else f" at the {audit.measured_at}"
+    axes[0].set_title(f"share of the attribution{place}, %", loc="left")
     bars = _bars(axes[1], audit.information, audit.scales)
     axes[1].set_title("functional Fisher information", loc="left")
     axes[1].legend(bars, list(audit.information), frameon=False)  # by itself it leaves out names with a leading underscore
