@@ -155,7 +155,9 @@ def _freed(node: Node, saved: str) -> bool:
         x = getattr(node, saved)
     except RuntimeError as error:
         return "setStorage" in str(error)  # a view of freed memory
-    return isinstance(x, Tensor) and x.numel() > 0 and x.layout == torch.strided and x.untyped_storage().size() == 0
+    if not isinstance(x, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return x.numel() > 0 and x.layout == torch.strided and x.untyped_storage().size() == 0
 
 
 def _second_derivative(name: str, node: Node) -> bool:

@@ -96,6 +96,9 @@ def softmax_fisher(
         x = {m: features[m][s][b][:, valid] for m in held}
         mean = np.mean(list(x.values()), axis=0)
         mean_error = (len(held) > 1) * (len(held) + 1) * unit * np.mean([np.abs(y) for y in x.values()], axis=0)
+        for y in x.values() if len(held) == 2 else ():  # exp(R) may be the product of these, which may be subnormal
+            root = np.exp((y - y.max(0)) / 2)
+            mean_error = mean_error + np.where(root < smallest, np.minimum(1, 2 * unit * smallest / np.maximum(root, 1e-323)), 0)
         pull, pull_error, size = 0, 0, 0
         for m, n in itertools.product(held, range(samples)):
             noisy, error = x[m], np.zeros_like(x[m])

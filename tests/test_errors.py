@@ -409,8 +409,11 @@ def test_index_out_of_range_is_an_error():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_transforms_that_give_no_gradient():
-    """func.grad by the tensor itself works; the rest says what it is inside of."""
+def test_transforms_that_give_no_gradient(distributed_tensor):
+    """func.grad by the tensor itself works, also beside FSDP2 and a group, where the graph is searched for freed parameters; the rest
+    says what it is inside of."""
+    import torch.distributed.fsdp  # noqa: F401
+
     a, b = torch.randn(4, 3), torch.randn(4, 3)
 
     def penalty(a):

@@ -240,6 +240,20 @@ def test_nan_and_infinity_show_where_they_are_and_nowhere_else(backend, value, m
         helpers.assert_close(gradient[~hit], clean_gradient[~hit], 1e-5)  # other pixels of the sample may be computed another way
 
 
+def test_a_channel_far_below_in_one_of_two_modalities(backend):
+    """The square root of its exponential is subnormal there: digits of a weight of 1e-36 are lost, and nothing else."""
+    features = [
+        [torch.tensor([[0.0, -195.0, -1.0]], requires_grad=True)],
+        [torch.tensor([[-40.0, 0.0, -30.0]], requires_grad=True)],
+    ]
+    information, gradients, upstream = compute(features, backend)
+    values, expected = oracle.softmax_fisher(helpers.wide(features), upstream=helpers.wide(upstream))
+    helpers.assert_close(information, values, 1e-6)
+    for gradient, (want,) in zip(gradients, expected, strict=True):
+        helpers.assert_close(gradient, want, 1e-5)
+        assert abs(gradient[0, 1].item() - want[0, 1]) <= 1e-5 * abs(want[0, 1]) + 1e-34
+
+
 def test_infinite_upstream_of_an_absent_modality(backend):
     """It is not read: the gradients of the others are those without it."""
     features = helpers.features(3, [(2, 5, 7)])
