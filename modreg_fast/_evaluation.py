@@ -103,6 +103,8 @@ def batches(
             validate.fail(function, "inputs", "a mapping from names to tensors", f"the name {odd[0]!r}", TypeError)
         given = {name for name, x in inputs.items() if x is not None}
         names = modalities or tuple(order or inputs)
+        if not names:
+            validate.fail(function, "inputs", "a mapping with at least one modality", "an empty one")
         if not allow_absent and (lacking := [name for name in names if name not in given]):
             if i == 0 and modalities is not None:
                 validate.fail(

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modreg_fast import _validate as validate
+
 T = TypeVar("T")
 
 
@@ -77,6 +79,8 @@ def on_all_ranks(work: Callable[[], T], group: "dist.ProcessGroup | None", funct
     """What ``work`` returns on every rank of ``group``. Where it fails on one, all raise an error, so that none waits for the others."""
     if group is None:
         return [work()]
+    if not isinstance(group, dist.ProcessGroup):
+        validate.fail(function, "process_group", "a process group or None", type(group).__name__, TypeError)
     mine: T | Exception
     try:
         mine = work()

@@ -158,8 +158,10 @@ def evaluate_missing(
     function = "evaluate_missing"
     check_model(model, function)
     streaming = check_metric(metric, function)
+    check_drop(drop, function)
     if higher_is_better is None:
         higher_is_better = getattr(metric, "higher_is_better", None) is not False
+    validate.flag(higher_is_better, function, "higher_is_better")
     collected: dict[frozenset[str], Any] = {}
 
     def collect() -> Subset:
@@ -195,6 +197,11 @@ def check_metric(metric: Any, function: str) -> bool:
         got = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
         validate.fail(function, "metric", "a torchmetrics metric or a function", got, TypeError)
     return streaming
+
+
+def check_drop(drop: Drop, function: str) -> None:
+    if not callable(drop) and drop not in ("zeros", "noise"):
+        validate.fail(function, "drop", "'zeros', 'noise' or a function", repr(drop))
 
 
 def without(
@@ -233,8 +240,6 @@ def _dropped(name: str, x: Any, drop: Drop, generator: torch.Generator | None) -
         return replaced
     if drop == "zeros":
         return torch.zeros_like(x)
-    if drop != "noise":
-        validate.fail(function, "drop", "'zeros', 'noise' or a function", repr(drop))
     if not x.is_floating_point():
         validate.fail(function, "drop", f"'zeros' or a function, because inputs[{name!r}] is {x.dtype}", repr(drop))
     return torch.randn(x.shape, generator=generator, device="cpu").to(x)

@@ -230,6 +230,10 @@ def test_estimates_leave_out_nan():
             r"inputs\['text'\] must be a floating point tensor, or name",
         ),
         ({"loss": lambda s, y: F.cross_entropy(s, y)}, ValueError, r"what loss returns must be of the shape \(16,\) .* got \(\)"),
+        ({"drop": "ones", "model": 3}, ValueError, "drop must be 'zeros', 'noise' or a function, got 'ones'"),
+        ({"process_group": "world"}, TypeError, "process_group must be a process group or None, got str"),
+        ({"channel_dim": 9}, ValueError, r"channel_dim must be a dimension of features\['rgb'\]\[0\] \(16, 5\) other .* got 9"),
+        ({"channel_dim": "1"}, TypeError, "channel_dim must be an integer, got str"),
         ({"metric": "mIoU"}, TypeError, "metric must be a torchmetrics metric or a function, got str"),
         (
             {"metric": nn.CrossEntropyLoss, "model": 3},

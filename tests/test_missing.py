@@ -281,6 +281,8 @@ GOOD = [(ones("ab"), torch.zeros(3))]
             r"metric must be of one number .* got shape \(\) of torch.complex64",
         ),
         ({"data": [({0: torch.ones(3, 2)}, torch.zeros(3))]}, TypeError, "inputs must be a mapping from names .* the name 0"),
+        ({"data": [({}, torch.zeros(3))]}, ValueError, "inputs must be a mapping with at least one modality, got an empty one"),
+        ({"higher_is_better": "yes"}, TypeError, "higher_is_better must be True or False, got 'yes'"),
         ({"modalities": ["a", "a"]}, ValueError, r"modalities must be different names, got \['a', 'a'\]"),
         ({"metric": lambda a, b: a}, ValueError, r"metric must be of one number .* got shape \(3,\)"),
         ({"metric": lambda a, b: {"x": 1}}, ValueError, "metric must be of one number .* got a dict"),

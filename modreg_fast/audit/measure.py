@@ -18,7 +18,7 @@ from modreg_fast.distributed import on_all_ranks
 from modreg_fast.functional import gradient_statistics, modality_share, resize_mask
 from modreg_fast.functional.masks import pooled, spatial_shape, valid_pixels
 from modreg_fast.losses.attribution import selected_score
-from modreg_fast.missing import Drop, check_metric, evaluate_missing
+from modreg_fast.missing import Drop, check_drop, check_metric, evaluate_missing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,6 +152,7 @@ def audit(
         validate.fail("audit", "maps", "a number of samples, at least 0", repr(maps))
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         validate.fail("audit", "ignore_index", "an integer or None", repr(ignore_index), TypeError)
+    check_drop(drop, "audit")
     if loss is not None and not callable(loss):
         validate.fail("audit", "loss", "a function", type(loss).__name__, TypeError)
     validate.one_of(baseline, ("zero", "mean"), "audit", "baseline")
@@ -276,8 +277,11 @@ def _feature_masks(features: Features, mask: Tensor, channel_dim: int) -> list[T
 
 
 def _places(traced: Traced, channel_dim: int) -> list[_Place]:
+    for m, row in traced.features.items():
+        for s, x in enumerate(row):
+            validate.feature(x, "audit", f"features[{m!r}][{s}]", channel_dim)
     places = [_Place("features", traced.features, channel_dim)]
-    inputs = {m: [x] for m in traced.features if (x := traced.inputs.get(m)) is not None and _is_plain(x)}
+    inputs = {m: [y] for m in traced.features if (y := traced.inputs.get(m)) is not None and _is_plain(y)}
     if len(inputs) == len(traced.features):
         tokens = all(x.dim() == 3 for (x,) in inputs.values())
         places.append(_Place("inputs", inputs, channel_dim if tokens else 1))
