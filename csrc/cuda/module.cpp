@@ -74,6 +74,7 @@ void run(Call& call, const Tensor& like, bool backward, bool wide, int64_t rows,
   std::optional<Tensor> partial, arrived;
   if (!backward) {
     partial = torch::stable::new_empty(like, {launch.blocks * rows}, wide ? ScalarType::Double : ScalarType::Float);
+    // Cleared for each call: counters that were kept would be those of calls on other streams and of replayed graphs as well.
     arrived = torch::stable::new_zeros(like, {counters}, ScalarType::Int);
     call.partial = partial->data_ptr(), call.arrived = static_cast<uint32_t*>(arrived->data_ptr());
   }
