@@ -114,7 +114,9 @@ def cuda_objects(ninja: Ninja, nvcc: Nvcc, includes: str) -> list[str]:
         f"rule cuda\n  command = {nvcc.program} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC {nvcc.flags} -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc"
     )
-    objects = [ninja.compile(f"cuda/{stem}.cu", f"{stem}.cuda", "", "cuda") for stem in (*KERNELS, "launch")]
+    objects = [
+        ninja.compile(f"cuda/{stem}.cu", f"{stem}.cuda", "", "cuda") for stem in (*KERNELS, "softmax_fisher_general", "launch")
+    ]
     define = f"-DMRF_CUDA_ARCHITECTURES='\"{', '.join(nvcc.architectures)}\"'"
     return [*objects, ninja.compile("cuda/module.cpp", "module.cuda", f"{includes} {STABLE_ABI} {define}")]
 

@@ -21,7 +21,7 @@ MOST_SCALES, MOST_ARRAYS, MOST_TENSORS = 8, 48, 14
 P, I64, I32, F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 TARGETS = ("uint8", "int8", "int16", "int32", "int64")
-UNITS = ("pixels", "piece", "single")
+UNITS = ("pixels", "piece", "single", "none")
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -50,6 +50,7 @@ class Tiling(ctypes.Structure):
 class SoftmaxFisher(ctypes.Structure):
     _fields_ = [
         *((name, I32) for name in ("modalities", "scales", "first_scale", "all_scales", "draws", "detach_reference")),
+        *((name, I32) for name in ("unit", "warp_bytes")),
         ("batch", I64),
         ("eps", F64),
         *((name, P) for name in ("present", "seed", "information", "counts", "partial", "arrived", "weight")),
@@ -79,8 +80,7 @@ class ModalityCrossEntropy(ctypes.Structure):
 
 class GradientStatistics(ctypes.Structure):
     _fields_ = [
-        ("tensors", I32),
-        ("first_tensor", I32),
+        *((name, I32) for name in ("tensors", "first_tensor", "unit", "warp_bytes")),
         ("batch", I64),
         ("eps", F64),
         *((name, P) for name in ("fisher", "attribution", "partial", "arrived", "fisher_weight", "attribution_weight")),
@@ -123,6 +123,19 @@ def split(stem: str, call, *tables: ctypes.Array | None) -> list:
     each = ctypes.CFUNCTYPE(None, ctypes.POINTER(type(call)))(lambda part: calls.append(type(call).from_buffer_copy(part[0])))
     _host()[f"split_{stem}"](ctypes.byref(call), len(tables[0]), *tables, each)
     return calls
+
+
+SOURCES = (
+    "softmax_fisher",
+    "softmax_fisher_general",
+    "gradient_statistics",
+    "modality_cross_entropy",
+)  # with kernels, in csrc/cuda
+
+
+def source_of(stem: str, call) -> str:
+    """The stem of the file in csrc/cuda with the kernel of a planned call."""
+    return f"{stem}_general" if stem == "softmax_fisher" and UNITS[call.unit] == "none" else stem
 
 
 @functools.cache
@@ -228,9 +241,11 @@ def tilings(tensors, masks):
 def entry(stem: str, call, backward: bool, kind: str) -> str:
     """The kernel that runs a planned call; ``kind``: the accumulation type."""
     name = f"{stem}_{'backward' if backward else 'forward'}"
-    if stem == "modality_cross_entropy":
-        return f"{name}_{UNITS[call.unit]}_{list(DTYPES)[call.logits[0].dtype]}"
-    return f"{name}_noise_{kind}" if stem == "softmax_fisher" and any(call.sigma) else f"{name}_{kind}"
+    if UNITS[call.unit] == "none":
+        return f"{name}_noise_{kind}" if any(call.sigma) else f"{name}_{kind}"
+    first = {"softmax_fisher": "features", "gradient_statistics": "grads", "modality_cross_entropy": "logits"}[stem]
+    name = f"{name}_{UNITS[call.unit]}_{list(DTYPES)[getattr(call, first)[0].dtype]}"
+    return f"{name}_{max(call.modalities, 2)}" if stem == "softmax_fisher" else name
 
 
 def launch_each(out, stem, calls, backward, kind, memory, arch, limit, most_blocks):
@@ -250,7 +265,13 @@ def launch_each(out, stem, calls, backward, kind, memory, arch, limit, most_bloc
             call.partial, call.arrived = memory.empty(launch.blocks * rows, kind).address, arrived.address
         shared = dict(shared_bytes=launch.shared_bytes)
         out.report = ptx.run(
-            kernels(stem, arch), entry(stem, call, backward, kind), launch.blocks, launch.threads, [call], memory, **shared
+            kernels(source_of(stem, call), arch),
+            entry(stem, call, backward, kind),
+            launch.blocks,
+            launch.threads,
+            [call],
+            memory,
+            **shared,
         )
         assert backward or not arrived.numpy().any()
         out.call, out.launch = call, launch

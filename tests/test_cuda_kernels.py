@@ -65,7 +65,7 @@ def check_softmax(rng, features, masks=None, present=None, sigma=None, draws=1, 
 def test_softmax_fisher(rng, dtype, layout):
     features = features_of(rng, [(2, 19, 300)], dtype, layout)
     forward, _ = check_softmax(rng, features)
-    assert forward.launch.blocks > 2
+    assert forward.launch.blocks * forward.launch.threads >= 2 * 2 * 32
 
 
 @pytest.mark.parametrize("layout", ["pixels", "channels"])
@@ -107,10 +107,11 @@ def test_scales_of_all_kinds_in_one_launch(rng):
 def test_pixels_of_several_warps_beside_smaller_ones(rng):
     """Where a pixel takes more than a warp, all threads of a block meet at its sums, also where another scale needs more of them."""
     features = features_of(rng, [(1, 1024, 9), (1, 600, 2), (1, 8, 100)])
-    _, backward = check_softmax(rng, features, tolerance=2)
+    _, backward = check_softmax(rng, features, sigma=[0.5, 0.0], tolerance=5)
     wide, narrow, one = backward.call.tilings[:3]
     assert wide.lanes > 32 and one.lanes < 32 and narrow.width * narrow.lanes == backward.launch.threads
     with_most = cuda_calls.SoftmaxFisher(modalities=1, scales=1, batch=1)
+    with_most.sigma[0] = 0.5
     for channels, fits in ((4096, True), (4097, False)):
         with_most.tilings[0].channels, with_most.tilings[0].pixels = channels, 8
         assert (cuda_calls.plan("softmax_fisher", with_most, False, 4).shared_bytes > 0) == fits
@@ -160,7 +161,7 @@ def test_narrow_tiles_where_shared_memory_is_short(rng):
 def test_tiles_narrower_than_a_piece(rng):
     """Four pixels of 2 bytes: their lines are read element by element."""
     features = features_of(rng, [(1, 256, 16)], "bfloat16")
-    forward = cuda_calls.softmax_fisher(features, limit=16 << 10)
+    forward = cuda_calls.softmax_fisher(features, limit=5 << 10)
     assert forward.call.tilings[0].width < 8 and not forward.call.features[0].vector
     np.testing.assert_allclose(forward.information.numpy(), cuda_calls.softmax_fisher(features).information.numpy(), rtol=1e-5)
 
@@ -203,6 +204,56 @@ def test_not_finite_in_every_channel_of_a_pixel(rng, bad, dtype, channels):
         for (gradient,) in cuda_calls.softmax_fisher(features, weight=np.ones((3, 1, 2))).gradients:
             spoiled = np.isnan(gradient.values())
             assert spoiled[1, :, 5].all() and spoiled.sum() == channels
+
+
+@pytest.mark.parametrize("sigma", [None, [0.0, 0.5]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_infinite_upstream_gradient_passes_no_detached_reference(rng, dtype, sigma):
+    """0 times infinity is NaN: what is detached is left out, not multiplied with 0."""
+    features = features_of(rng, [(2, 12, 40)], dtype, "channels")
+    weights = [np.ones((2, 1, 2)) for _ in range(2)]
+    weights[1][1, 0, 0] = np.inf
+    finite, infinite = (cuda_calls.softmax_fisher(features, sigma=sigma, detach=True, weight=w).gradients for w in weights)
+    np.testing.assert_array_equal(infinite[0][0].values(), finite[0][0].values())
+    np.testing.assert_array_equal(infinite[1][0].values()[1], finite[1][0].values()[1])
+    assert not np.isfinite(infinite[1][0].values()[0]).all()
+
+
+@pytest.mark.parametrize("modalities", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "channels"), [("float32", "pixels", 9), ("bfloat16", "channels", 24), ("float16", "channels", 7)]
+)
+def test_few_modalities(rng, dtype, layout, channels, modalities):
+    features = features_of(rng, [(2, channels, 70), (2, 2 * channels, 33)], dtype, layout, modalities=modalities)
+    present = rng.random((2, modalities)) > 0.4
+    present[0] = True
+    forward, _ = check_softmax(rng, features, present=present)
+    assert cuda_calls.UNITS[forward.call.unit] != "none"
+    one = features[:1]
+    assert not cuda_calls.softmax_fisher(one).information.numpy().any()
+    assert not cuda_calls.softmax_fisher(one, weight=np.ones((1, 2, 2))).gradients[0][0].values().any()
+
+
+@pytest.mark.parametrize("layout", ["pixels", "channels"])
+def test_modalities_far_apart(rng, layout):
+    """Their mean has its maximum far below theirs, in a few pixels, where exponentials relative to these are all 0."""
+    memory, values = ptx.Memory(), rng.standard_normal((2, 1, 16, 70))
+    values[0, 0, 3, 10:14] += 500
+    values[1, 0, 8, 10:14] += 500
+    values[0, 0, 5, 30] += 2000
+    values[1, 0, 5, 30] -= 1000
+    values[1, 0, 6, 30] += 2500
+    check_softmax(rng, [[Tensor(memory, x, "float32", layout)] for x in values], tolerance=5)
+
+
+def test_saturated_modalities_that_agree(rng):
+    """All of p and q in one channel, the same: no information, and no gradient worth mentioning."""
+    memory, values = ptx.Memory(), rng.standard_normal((2, 1, 16, 70))
+    values[:, :, 3] += 93.7
+    features = [[Tensor(memory, x, "float32")] for x in values]
+    assert (abs(cuda_calls.softmax_fisher(features).information.numpy()) < 1e-6).all()
+    for (gradient,) in cuda_calls.softmax_fisher(features, weight=np.ones((2, 1, 1))).gradients:
+        assert abs(gradient.values()).max() < 1e-5
 
 
 def test_nothing_present(rng):
@@ -278,14 +329,15 @@ def test_gradient_statistics_with_less(rng, features, values):
 
 def test_gradient_statistics_of_mixed_kinds(rng):
     kinds = [((2, 1024, 9), "bfloat16", "pixels"), ((2, 64, 40), "float32", "channels"), ((2, 6, 700), "float16", "pixels")]
-    check_statistics(rng, kinds)
-    forward, _ = check_statistics(rng, kinds, most_blocks=5)
-    assert forward.call.tilings[2].tiles_per_block > 1
+    forward, backward = check_statistics(rng, kinds)
+    assert forward.launches == backward.launches == 3
+    forward, _ = check_statistics(rng, kinds, most_blocks=1)
+    assert forward.call.tilings[0].tiles_per_block > forward.launch.threads // 32
 
 
 @pytest.mark.parametrize(("tensors", "launches"), [(14, 1), (15, 2), (31, 3)])
 def test_more_tensors_than_a_launch_takes(rng, tensors, launches):
-    kinds = [((2, 3 + k % 4, 9 + k), ("float32", "bfloat16")[k % 2], ("pixels", "channels")[k // 2 % 2]) for k in range(tensors)]
+    kinds = [((2, 3 + k % 4, 9 + k), "bfloat16", "pixels") for k in range(tensors)]
     passes = check_statistics(rng, kinds)
     assert [out.launches for out in passes] == [launches] * 2
 
@@ -302,6 +354,12 @@ def test_attribution_of_zero(rng):
 
 
 # ---- traffic, determinism, other architectures ----
+
+
+def check_conflicts(report):
+    """Lanes of a warp do not wait for each other at a bank of the shared memory."""
+    shared = [r for (_, space), r in report.requests.items() if space == "shared"]
+    assert shared and sum(r.wavefronts for r in shared) <= 1.1 * sum(r.least_wavefronts for r in shared)
 
 
 @pytest.mark.parametrize("layout", ["pixels", "channels"])
@@ -321,6 +379,8 @@ def test_every_byte_moves_once(rng, dtype, layout):
                 traffic.bytes // traffic.requests > 256
             )  # 16 bytes a thread; not all threads of a warp have a part of the last tile
     assert backward.report.stores.bytes == sum(x.bytes for x in gradients)
+    for report in (forward.report, backward.report) if dtype != "float64" else ():
+        check_conflicts(report)
     results = forward.report.loads.bytes - sum(x.bytes for x in inputs)  # of all blocks, read by the last ones
     assert results < 0.02 * sum(x.bytes for x in inputs)
 
@@ -335,6 +395,7 @@ def test_gradient_statistics_moves_every_byte_once(rng, layout):
         cuda_calls.gradient_statistics(grads, e, values=f, maps=True),
         cuda_calls.gradient_statistics(grads, e, values=f, upstream=upstream),
     ):
+        check_conflicts(out.report)
         written = [*getattr(out, "to_grads", []), *getattr(out, "to_features", [])]
         moved = [(x, out.report.loads_of) for x in (*grads, *e)] + [(x, out.report.stores_to) for x in written]
         for x, traffic in moved:
@@ -342,7 +403,7 @@ def test_gradient_statistics_moves_every_byte_once(rng, layout):
             assert traffic[x.buffer].efficiency >= 0.95
         for buffer in (*out.fisher_maps, *out.attribution_maps):
             traffic = (out.report.loads_of if written else out.report.stores_to)[buffer]
-            assert traffic.bytes == traffic.distinct == buffer.size
+            assert traffic.used == traffic.distinct == buffer.size  # lanes that share a pixel read it together
 
 
 @pytest.mark.parametrize("layout", ["pixels", "channels"])
@@ -372,9 +433,12 @@ def test_other_architectures(rng, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize(("stem", "kernels"), [("softmax_fisher", 8), ("gradient_statistics", 4), ("modality_cross_entropy", 22)])
+@pytest.mark.parametrize(
+    ("stem", "kernels"),
+    [("softmax_fisher", 54), ("softmax_fisher_general", 8), ("gradient_statistics", 22), ("modality_cross_entropy", 22)],
+)
 def test_nothing_spills(stem, kernels, architecture):
-    """Bytes stored and loaded, as ptxas reports them. Tensors of 32 and 16 bits share a kernel in the first two."""
+    """Bytes stored and loaded, as ptxas reports them."""
     found = {name: taken.stack for name, taken in assembled(stem, architecture)[1].items()}
     assert len(found) == kernels
     assert not any(found.values()), found

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../problem.h"
 
@@ -32,12 +33,16 @@ struct Tiling {
   int64_t blocks;            // plan: per sample
   int32_t tiles_per_block;   // plan
   int32_t width;             // plan: pixels of a tile, a power of two
-  int32_t pitch;             // plan: from pixel to pixel of a tile in shared memory, in elements
+  int32_t pitch;             // plan: from pixel to pixel of a tile in shared memory, in elements; in tiles of a warp from line to line, in bytes
   int32_t lanes, lane_bits;  // plan: threads that share a pixel, 2^lane_bits
   int32_t quads;             // plan: groups of four channels of a pixel that a thread has
 };
 
 constexpr int kMostScales = 8, kMostArrays = 48, kMostTensors = 14;
+// What a lane reads from a tile of a warp at once (warp_tile.h): a pixel or two of 16 bits; where channels lie side by side 16 bytes of
+// them, or one. Or there are no tiles of warps, but those of a block (tile.h).
+enum class Unit : int { pixels, piece, single, none };
+
 constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 1024 : 512; }
 // Groups of four channels of a pixel that a thread of softmax_fisher keeps in registers, at most: [in float64][backward][with noise].
 constexpr int kMostQuads[2][2][2] = {{{4, 2}, {2, 1}}, {{2, 1}, {1, 1}}};
@@ -46,6 +51,8 @@ struct SoftmaxFisher {
   int32_t modalities, scales;          // modalities * scales <= kMostArrays
   int32_t first_scale, all_scales;     // of the call, of which this launch may be a part
   int32_t draws, detach_reference;
+  Unit unit;                           // plan: of all scales
+  int32_t warp_bytes;                  // plan: shared memory of a warp
   int64_t batch;
   double eps;
   const uint8_t* present;              // (B, M) or null
@@ -63,6 +70,8 @@ struct SoftmaxFisher {
 
 struct GradientStatistics {
   int32_t tensors, first_tensor;
+  Unit unit;                           // plan: of all tensors
+  int32_t warp_bytes;                  // plan: shared memory of a warp
   int64_t batch;
   double eps;
   void *fisher, *attribution;          // (all tensors, B) in the accumulation type, or null
@@ -75,10 +84,6 @@ struct GradientStatistics {
   // (B, P) in the accumulation type, or null. Maps: results in the forward pass, upstream gradients in the backward pass.
   void *values[kMostTensors], *to_values[kMostTensors], *fisher_maps[kMostTensors], *attribution_maps[kMostTensors];
 };
-
-// What a lane reads from a tile of a warp at once (warp_tile.h): a pixel or two of 16 bits; where channels lie side by side 16 bytes of
-// them, or one.
-enum class Unit : int { pixels, piece, single };
 
 struct ModalityCrossEntropy {
   int32_t modalities;
@@ -197,8 +202,7 @@ inline bool noisy(const SoftmaxFisher& call) {
   return std::any_of(call.sigma, call.sigma + call.modalities, [](double sigma) { return sigma > 0; });
 }
 
-// `limit`: the shared memory that a block may have on the device.
-inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+inline Launch plan_general(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks) {
   const int64_t planes = call.modalities, reserve = 4096 + 64 * call.modalities * accumulator_bytes;
   const auto& most_quads = kMostQuads[accumulator_bytes == 8];
   bool fits = true;
@@ -222,27 +226,15 @@ inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes
   return launch;
 }
 
-inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
-  const int64_t planes = call.features[0].data ? 2 : 1;
-  for (int k = 0; k < call.tensors; ++k) {
-    const Tiling& t = call.tilings[k];
-    plan_tile(call.tilings[k], planes, accumulator_bytes, size_of(call.grads[k].dtype), call.grads[k].pixel_lines, t.channels, limit - 16384);
-  }
-  Launch launch = plan_launch(call.tilings, call.tensors, call.batch, planes, accumulator_bytes, 3, most_blocks);
-  if (launch.shared_bytes > limit) launch.shared_bytes = -1;
-  for (int k = 0; k < call.tensors; ++k) {
-    for (Array* all : {call.grads, call.features}) plan_copy(all[k], call.tilings[k], launch.threads);
-    if (backward)
-      for (Array* all : {call.to_grads, call.to_features}) plan_copy(all[k], call.tilings[k], launch.threads);
-  }
-  return launch;
-}
-
 // ---- tiles of a warp (warp_tile.h) ----
 
 // Shared memory for the tiles of a warp, at most: then a dozen warps fit a multiprocessor, which together wait for several times the bytes
 // that its share of the memory's bandwidth delivers within its latency. And of a block.
 constexpr int64_t kWarpBytes = 20 << 10, kBlockBytes = 64 << 10;
+// The same of softmax_fisher: float32, which is bound by memory, has more warps with smaller tiles; in 16 bits, where instructions bind,
+// few lanes to a pixel spare some. And of gradient_statistics, bound by memory.
+constexpr int64_t fisher_bytes(int64_t element_bytes) { return element_bytes == 2 ? 20 << 10 : 13 << 10; }
+constexpr int64_t kStatisticsBytes = 10 << 10;
 // Modalities whose numbers a thread holds in registers together.
 constexpr int kGroup = 4;
 
@@ -251,62 +243,160 @@ inline bool starts_pieces(const Array& x, int64_t line_bytes) {
   return !((reinterpret_cast<uintptr_t>(x.data) | x.sample_stride * bytes | line_bytes) & 15);
 }
 
-// Lanes for each pixel, the fewest with which the tile of a warp is small enough, where pixels lie side by side up to those that leave
-// whole sectors, and where there are few pixels as many as leave no lane without one. Shared memory decides how many warps a block has.
-inline Launch plan(ModalityCrossEntropy& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
-  Tiling& t = call.tiling;
-  const int64_t bytes = size_of(call.logits[0].dtype), channel_bytes = t.channels * bytes;
-  const bool pixel_lines = call.logits[0].pixel_lines;
-  Array* const arrays[] = {call.logits, call.gradients};
-  call.unit = pixel_lines ? Unit::pixels : bytes < 8 && channel_bytes % 16 == 0 ? Unit::piece : Unit::single;
-  bool rows_follow = call.unit == Unit::single;  // one on the other, so that a tile is one line
-  for (int m = 0; m < call.modalities; ++m)
-    rows_follow &= call.logits[m].line_stride == t.channels && starts_pieces(call.logits[m], 0);
+// Whether arrays of so many channels have tiles of a warp, and their unit.
+inline Unit unit_of(const Array& x, int64_t channels) {
+  const int64_t bytes = size_of(x.dtype);
+  return x.pixel_lines ? Unit::pixels : bytes < 8 && channels * bytes % 16 == 0 ? Unit::piece : Unit::single;
+}
+inline int64_t pixels_of(const Array& x) { return x.pixel_lines && size_of(x.dtype) == 2 ? 2 : 1; }  // of a unit
 
-  const int64_t pixels = pixel_lines && bytes == 2 ? 2 : 1, unit_channels = call.unit == Unit::piece ? 16 / bytes : 1;
-  // Numbers of a lane beside the tile: sums, or for a group of modalities gradients at y and with smoothing more.
-  const int64_t numbers = !backward ? 2 * call.modalities + 2 : (call.label_smoothing > 0 ? 3 : 1) * kGroup * pixels, reserve = 40960;
+// A tiling of arrays like x, `planes` of them to a tile, with `lane_numbers` more for each lane, and `unit_numbers` for each unit of it.
+// Lanes for each pixel, the fewest with which the tile of a warp is small enough, where pixels lie side by side up to those that leave
+// whole sectors, and where there are few pixels as many as leave no lane without one. `one_line`: rows follow one on the other in all
+// arrays. Returns the bytes of a warp without those numbers, and with them.
+inline std::pair<int64_t, int64_t> plan_warp_tile(Tiling& t, const Array& x, int64_t planes, bool one_line, int64_t unit_numbers,
+                                                  int64_t lane_numbers, int64_t accumulator_bytes, int64_t most_bytes, int64_t limit) {
+  const int64_t bytes = size_of(x.dtype), channel_bytes = t.channels * bytes, pixels = pixels_of(x);
+  const int64_t unit_channels = unit_of(x, t.channels) == Unit::piece ? 16 / bytes : 1;
   for (t.lane_bits = 0;; ++t.lane_bits) {
     t.lanes = 1 << t.lane_bits;
     const int64_t groups = 32 / t.lanes;
     t.width = int32_t(groups * pixels);
-    if (pixel_lines) {
+    if (x.pixel_lines) {
       t.pitch = int32_t(t.width * bytes);
-    } else if (rows_follow && groups * channel_bytes % 16 == 0) {
+    } else if (one_line && groups * channel_bytes % 16 == 0) {
       t.pitch = int32_t(channel_bytes);
     } else {  // lanes that read together read from different banks
       const int64_t unit = std::max<int64_t>(unit_channels * bytes, 4), rows = std::max<int64_t>(128 / unit / groups, 1);
       t.pitch = int32_t(unit * rows * (((channel_bytes + unit - 1) / unit + rows - 1) / rows | 1));
     }
-    const int64_t plane = ((pixel_lines ? t.channels : t.width) * t.pitch + 15) / 16 * 16;
-    const int64_t of_lane = call.modalities > kGroup ? (t.channels + t.lanes * unit_channels - 1) / t.lanes * pixels : 0;  // of the mean
-    const int64_t tile_bytes = call.modalities * plane + 32 * of_lane * accumulator_bytes;
-    const int64_t warp_bytes = tile_bytes + 32 * numbers * accumulator_bytes;
-    call.numbers = int32_t(std::min<int64_t>(tile_bytes, INT32_MAX / 2));
-    call.warp_bytes = int32_t(std::min<int64_t>(warp_bytes, INT32_MAX / 2));
-    const bool spread = t.width >= 2 * t.pixels && groups > 1, small = warp_bytes <= kWarpBytes, fits = warp_bytes <= limit - reserve;
-    const bool sectors = pixel_lines && t.pitch <= kSectorBytes;
-    if (t.lane_bits == 5 || (!spread && (small || (fits && sectors)))) break;
+    const int64_t plane = ((x.pixel_lines ? t.channels : t.width) * t.pitch + 15) / 16 * 16;
+    const int64_t units = (t.channels + t.lanes * unit_channels - 1) / t.lanes;
+    const int64_t tile_bytes = planes * plane + 32 * units * unit_numbers * accumulator_bytes;
+    const int64_t warp_bytes = tile_bytes + 32 * lane_numbers * accumulator_bytes;
+    const bool spread = t.width >= 2 * t.pixels && groups > 1, small = warp_bytes <= most_bytes, fits = warp_bytes <= limit;
+    const bool sectors = x.pixel_lines && t.pitch <= kSectorBytes;
+    if (t.lane_bits == 5 || (!spread && fits && (small || sectors))) return {tile_bytes, warp_bytes};
   }
-  for (Array* all : arrays)
-    for (int m = 0; m < call.modalities && (all == call.logits || backward); ++m) {
-      const bool one_line = call.unit == Unit::single && t.pitch == channel_bytes && all[m].line_stride == t.channels;
-      const bool whole = call.unit == Unit::single ? one_line && t.width * channel_bytes % 16 == 0 : t.pitch % 16 == 0;
-      all[m].vector = whole && starts_pieces(all[m], one_line ? 0 : all[m].line_stride * bytes);
-    }
+}
 
-  Launch launch;
-  const int64_t tiles = (t.pixels + t.width - 1) / t.width;
-  const int64_t warps = std::max<int64_t>(1, std::min({kBlockBytes / call.warp_bytes, tiles, int64_t(8)}));
+inline bool one_line(const Array& x, const Tiling& t) { return unit_of(x, t.channels) == Unit::single && x.line_stride == t.channels; }
+inline void plan_warp_copy(Array& x, const Tiling& t) {
+  const int64_t bytes = size_of(x.dtype), channel_bytes = t.channels * bytes;
+  const bool line = one_line(x, t) && t.pitch == channel_bytes;
+  const bool whole = unit_of(x, t.channels) == Unit::single ? line && t.width * channel_bytes % 16 == 0 : t.pitch % 16 == 0;
+  x.vector = whole && starts_pieces(x, line ? 0 : x.line_stride * bytes);
+}
+
+// Warps of a block that have so much shared memory each, at most as many as there are tiles.
+inline int32_t warps_of(int64_t warp_bytes, int64_t tiles, int64_t limit) {
+  return int32_t(std::max<int64_t>(1, std::min({std::min(kBlockBytes, limit) / warp_bytes, tiles, int64_t(8)})));
+}
+inline int64_t tiles_of(const Tiling& t) { return (t.pixels + t.width - 1) / t.width; }
+// The blocks of `count` tilings.
+inline void plan_warp_blocks(Launch& launch, Tiling* tilings, int count, int64_t batch, int32_t warps, bool backward, int64_t most_blocks) {
+  int64_t tiles = 0;
+  for (int k = 0; k < count; ++k) tiles += batch * tiles_of(tilings[k]);
   // Forward, fewer blocks leave less to add up; backward, more of them end more evenly.
-  const int64_t most = (backward ? 4 : 1) * most_blocks, rounds = (call.batch * tiles + warps * most - 1) / (warps * most);
-  t.tiles_per_block = int32_t(warps * rounds);
-  t.blocks = (tiles + t.tiles_per_block - 1) / t.tiles_per_block;
-  launch.blocks = call.batch * t.blocks;
-  launch.threads = int32_t(32 * warps);
+  const int64_t most = (backward ? 4 : 1) * most_blocks, rounds = (tiles + warps * most - 1) / (warps * most);
+  launch.threads = 32 * warps;
+  for (int k = 0; k < count; ++k) {
+    Tiling& t = tilings[k];
+    t.tiles_per_block = int32_t(warps * rounds);
+    t.blocks = (tiles_of(t) + t.tiles_per_block - 1) / t.tiles_per_block;
+    t.first_block = launch.blocks;
+    launch.blocks += batch * t.blocks;
+  }
+}
+// Left to a block beside its tiles, for the sums of its warps, and in modality_cross_entropy also for class weights.
+constexpr int64_t kRows = 1024, kReserve = 40960;
+
+inline Launch plan(ModalityCrossEntropy& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+  Tiling& t = call.tiling;
+  const Array& first = call.logits[0];
+  call.unit = unit_of(first, t.channels);
+  bool rows_follow = true;
+  for (int m = 0; m < call.modalities; ++m) rows_follow &= one_line(call.logits[m], t) && starts_pieces(call.logits[m], 0);
+  // Numbers of a lane beside the tile: sums, or for a group of modalities gradients at y and with smoothing more; of a unit: the mean.
+  const int64_t pixels = pixels_of(first), of_unit = call.modalities > kGroup ? pixels : 0;
+  const int64_t of_lane = !backward ? 2 * call.modalities + 2 : (call.label_smoothing > 0 ? 3 : 1) * kGroup * pixels;
+  const auto [numbers, warp_bytes] =
+      plan_warp_tile(t, first, call.modalities, rows_follow, of_unit, of_lane, accumulator_bytes, kWarpBytes, limit - kReserve);
+  call.numbers = int32_t(std::min<int64_t>(numbers, INT32_MAX / 2));
+  call.warp_bytes = int32_t(std::min<int64_t>(warp_bytes, INT32_MAX / 2));
+  for (int m = 0; m < call.modalities; ++m) {
+    plan_warp_copy(call.logits[m], t);
+    if (backward) plan_warp_copy(call.gradients[m], t);
+  }
+  Launch launch;
+  const int32_t warps = warps_of(call.warp_bytes, tiles_of(t), limit - kReserve);
+  plan_warp_blocks(launch, &t, 1, call.batch, warps, backward, most_blocks);
   const int64_t weights = call.label_smoothing > 0 ? (t.channels + 3) / 4 * 4 * accumulator_bytes : 0;
   const int64_t rows = backward ? 0 : warps * (2 * call.modalities + 2) * accumulator_bytes;
-  const int64_t shared = warps * call.warp_bytes + weights + rows;
+  const int64_t shared = warps * int64_t(call.warp_bytes) + weights + rows;
+  launch.shared_bytes = shared <= limit ? int32_t(shared) : -1;
+  return launch;
+}
+
+// Of a scale: tiles of warps where a few modalities lie alike, in 32 or 16 bits, and there is no noise.
+inline Unit unit_of(const SoftmaxFisher& call, const Array* features, int64_t scales, int64_t channels) {
+  bool alike = call.modalities <= kGroup && !noisy(call) && features[0].dtype != DType::float64;
+  for (int m = 1; m < call.modalities; ++m) alike &= features[m * scales].pixel_lines == features[0].pixel_lines;
+  return alike ? unit_of(features[0], channels) : Unit::none;
+}
+
+// `limit`: the shared memory that a block may have on the device. The scales are of one type and unit.
+inline Launch plan(SoftmaxFisher& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+  call.unit = accumulator_bytes == 4 ? unit_of(call, call.features, call.scales, call.tilings[0].channels) : Unit::none;
+  if (call.unit == Unit::none) return plan_general(call, backward, accumulator_bytes, limit, most_blocks);
+  const int64_t room = limit - kRows;
+  int64_t most_bytes = 0, most_tiles = 0;
+  for (int s = 0; s < call.scales; ++s) {
+    Tiling& t = call.tilings[s];
+    bool rows_follow = true;
+    for (int m = 0; m < call.modalities; ++m) {
+      const Array& x = call.features[m * call.scales + s];
+      rows_follow &= one_line(x, t) && starts_pieces(x, 0);
+    }
+    const int64_t planes = call.modalities > 2 ? call.modalities : 2;
+    most_bytes = std::max(most_bytes, plan_warp_tile(t, call.features[s], planes, rows_follow, 0, 0, 4, fisher_bytes(size_of(call.features[s].dtype)), room).second);
+    most_tiles = std::max(most_tiles, tiles_of(t));
+    for (int m = 0; m < call.modalities; ++m) {
+      plan_warp_copy(call.features[m * call.scales + s], t);
+      if (backward) plan_warp_copy(call.gradients[m * call.scales + s], t);
+    }
+  }
+  Launch launch;
+  const int32_t warps = warps_of(most_bytes, most_tiles, room);
+  plan_warp_blocks(launch, call.tilings, call.scales, call.batch, warps, backward, most_blocks);
+  call.warp_bytes = int32_t(std::min<int64_t>(most_bytes, INT32_MAX / 2));
+  const int64_t shared = warps * (most_bytes + (call.modalities + 1) * 4);
+  launch.shared_bytes = shared <= limit ? int32_t(shared) : -1;
+  return launch;
+}
+
+// The tensors are of one type and unit; gradient and feature of each lie alike.
+inline Launch plan(GradientStatistics& call, bool backward, int64_t accumulator_bytes, int64_t limit, int64_t most_blocks = kMostBlocks) {
+  call.unit = unit_of(call.grads[0], call.tilings[0].channels);
+  const int64_t room = limit - kRows;
+  int64_t most_bytes = 0, most_tiles = 0;
+  for (int k = 0; k < call.tensors; ++k) {
+    Tiling& t = call.tilings[k];
+    const bool e = call.features[k].data;
+    Array* const arrays[] = {call.grads, call.features, call.to_grads, call.to_features};
+    bool rows_follow = true;
+    for (int i = 0; i < (e ? 2 : 1); ++i) rows_follow &= one_line(arrays[i][k], t) && starts_pieces(arrays[i][k], 0);
+    most_bytes = std::max(most_bytes, plan_warp_tile(t, call.grads[k], e ? 2 : 1, rows_follow, 0, 0, accumulator_bytes,
+                                                     kStatisticsBytes, room).second);
+    most_tiles = std::max(most_tiles, tiles_of(t));
+    for (int i = 0; i < (backward ? 4 : 2); ++i)
+      if (arrays[i][k].data) plan_warp_copy(arrays[i][k], t);
+  }
+  Launch launch;
+  const int32_t warps = warps_of(most_bytes, most_tiles, room);
+  plan_warp_blocks(launch, call.tilings, call.tensors, call.batch, warps, backward, most_blocks);
+  call.warp_bytes = int32_t(std::min<int64_t>(most_bytes, INT32_MAX / 2));
+  const int64_t shared = warps * (most_bytes + 3 * accumulator_bytes);
   launch.shared_bytes = shared <= limit ? int32_t(shared) : -1;
   return launch;
 }

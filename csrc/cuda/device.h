@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "call.h"
 
 namespace mrf {
@@ -58,6 +60,12 @@ __device__ inline float square_root(float x) { return sqrtf(x); }
 __device__ inline double square_root(double x) { return sqrt(x); }
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
+// To 2^-21, but near 1 with few digits.
+__device__ inline float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ inline float log_of_1_plus(float x) { return log1pf(x); }
 __device__ inline double log_of_1_plus(double x) { return log1p(x); }
 __device__ inline float fused(float x, float y, float z) { return fmaf(x, y, z); }
@@ -124,6 +132,25 @@ __device__ inline Piece<Storage, N> load_piece(const Storage* p) {
     piece.at[0] = __ldg(p);
   }
   return piece;
+}
+// Element by element the larger one, of a number and NaN the number.
+template <class Storage, int N>
+__device__ inline void keep_larger(Piece<Storage, N>& a, const Piece<Storage, N>& b) {
+  if constexpr (sizeof(Storage) == 2 && N > 1) {
+    using Pair = std::conditional_t<std::is_same_v<Storage, __half>, __half2, __nv_bfloat162>;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      Pair x, y;
+      __builtin_memcpy(&x, a.at + i, 4), __builtin_memcpy(&y, b.at + i, 4);
+      x = __hmax2(x, y);
+      __builtin_memcpy(a.at + i, &x, 4);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if constexpr (sizeof(Storage) == 2) a.at[i] = __hmax(a.at[i], b.at[i]);
+      else a.at[i] = maximum(a.at[i], b.at[i]);
+  }
 }
 // Two neighbours of a piece, narrowed, to their place among its words.
 template <class T>

@@ -10,64 +10,151 @@
 // Memory: forward reads g, e, f and the mask once and writes three numbers per block, which the last block of each tensor and sample adds
 // up, and the maps; backward reads g, e, f and upstream maps once and writes dg, de and df once.
 //
-// Work: a block takes tiles of pixels of one sample of one tensor, all channels, into shared memory (tile.h); one launch covers all
-// tensors. So the backward pass has sum_c (g e)^2, which the gradient of a root needs first, without a second reading. Gradients replace g
-// and e in place; what a pixel has once is read and written by neighbouring threads.
+// Work: a warp takes tiles of up to 32 pixels (64 of 16 bits where pixels lie side by side) of one sample of one tensor, all channels of g
+// and e (warp_tile.h); one launch covers all tensors of one type and layout. So the backward pass has sum_c (g e)^2, which the gradient of a
+// root needs first, without a second reading. Gradients replace g and e in place.
 //
-// Sizes: call.h. A pixel gets as many threads as leave each 160 bytes of shared memory, up to the whole block, so that 1024 threads fit a
-// multiprocessor of an A100; a tile has as many pixels as fill that memory, and at least a 32-byte sector of every channel, or fewer where
-// that does not fit; a single pixel must.
+// Sizes: call.h.
 #include "launch.h"
-#include "tile.h"
+#include "warp_tile.h"
 
 namespace mrf {
 namespace cuda {
 namespace {
 
-// Over the channels of a pixel, in all threads of its team.
-template <class T>
-struct Sums {
-  T norm, square;  // sum_c g^2, sum_c (g e)^2
-};
+template <class T, class Storage, int Pixels_, int Channels_>
+class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
+  using Tile = WarpTile<T, Storage, Pixels_, Channels_>;
+  static constexpr int Pixels = Tile::Pixels, n = Tile::n, kStep = n < 4 ? 4 / n : 1;
+  using Tile::channel, Tile::group, Tile::groups, Tile::part, Tile::place, Tile::tiling, Tile::units;
 
-template <class T>
-__device__ Sums<T> sums_of_pixel(const T* g, const T* e, int quads, Team<T>& team) {
-  Sums<T> sums = {};
-#pragma unroll 1
-  for (int k = 0; k < quads; ++k) {
-    const int c = 4 * (team.lane() + (k << team.lane_bits));
-    const Quad<T> gradient = load_quad(g + c);
-    const Quad<T> feature = e ? load_quad(e + c) : Quad<T>{};
-    for (int i = 0; i < 4; ++i) {
-      const T ge = gradient.at[i] * feature.at[i];
-      sums.norm += gradient.at[i] * gradient.at[i];
-      sums.square += ge * ge;
+ public:
+  T fisher = 0, square = 0;  // of the calling lane, forward: sums over its pixels
+  int counted = 0;
+
+  __device__ StatisticsTile(const GradientStatistics& call, const Place& at, unsigned char* memory)
+      : Tile(call.tilings[at.tiling]),
+        call_(call),
+        k_(at.tiling),
+        sample_(at.sample),
+        has_e_(call.features[at.tiling].data != nullptr),
+        g_(shared_address(memory)),
+        e_(g_ + Tile::plane_bytes()) {}
+
+  __device__ void forward(int64_t begin) {
+    read(begin);
+    find_sums();
+#pragma unroll
+    for (int p = 0; p < Pixels; ++p) {
+      const T of_fisher = valid_[p] ? norm_[p] / f_[p] : T(0), of_square = valid_[p] ? square_[p] : T(0);
+      if (part != 0 || !inside_[p]) continue;
+      fisher += of_fisher, square += of_square, counted += valid_[p];
+      if (call_.fisher_maps[k_]) at<T>(call_.fisher_maps[k_], p) = of_fisher;
+      if (call_.attribution_maps[k_]) at<T>(call_.attribution_maps[k_], p) = square_root(of_square);
     }
   }
-  team.sum(sums.norm, sums.square);
-  return sums;
-}
 
-// What a pixel of a tile has once, in shared memory.
-template <class T>
-struct PixelRows {
-  T *f, *fisher, *attribution;
+  __device__ void backward(int64_t begin) {
+    read(begin);
+    T u[Pixels], v[Pixels];
+    const int64_t weight = (call_.first_tensor + k_) * call_.batch + sample_;
+    const T of_fisher = call_.values[k_] ? T(call_.fisher_weight[weight]) : T(0), of_square = has_e_ ? T(call_.attribution_weight[weight]) : T(0);
+#pragma unroll
+    for (int p = 0; p < Pixels; ++p) {
+      u[p] = of_fisher + (call_.fisher_maps[k_] && inside_[p] ? at<T>(call_.fisher_maps[k_], p) : T(0));
+      u[p] = call_.values[k_] ? u[p] / f_[p] : T(0), v[p] = of_square;
+    }
+    if (call_.attribution_maps[k_]) {
+      find_sums();
+#pragma unroll
+      for (int p = 0; p < Pixels; ++p)
+        if (inside_[p] && square_[p] != 0) v[p] += at<T>(call_.attribution_maps[k_], p) / (2 * square_root(square_[p]));
+    }
+    write_gradients(u, v);
+#pragma unroll
+    for (int p = 0; p < Pixels; ++p)
+      if (part == 0 && inside_[p] && call_.to_values[k_]) at<T>(call_.to_values[k_], p) = valid_[p] ? -u[p] * norm_[p] / f_[p] : T(0);
+    __syncwarp();
+    Tile::take(call_.to_grads[k_], sample_, begin, g_, true);
+    if (has_e_) Tile::take(call_.to_features[k_], sample_, begin, e_, true);
+  }
+
+ private:
+  template <class X>
+  __device__ X& at(void* data, int p) const { return static_cast<X*>(data)[first_ + p]; }
+
+  __device__ void read(int64_t begin) {
+    __syncwarp();  // all lanes have done with the tile before
+    Tile::bring(call_.grads[k_], sample_, begin, g_);
+    if (has_e_) Tile::bring(call_.features[k_], sample_, begin, e_);
+    const int64_t pixel = begin + group * Pixels;
+    first_ = sample_ * tiling.pixels + pixel;
+#pragma unroll
+    for (int p = 0; p < Pixels; ++p) {
+      inside_[p] = pixel + p < tiling.pixels;
+      valid_[p] = inside_[p] && (tiling.mask == nullptr || tiling.mask[first_ + p]);
+      f_[p] = (call_.values[k_] && inside_[p] ? at<T>(call_.values[k_], p) : T(1)) + T(call_.eps);
+    }
+    wait_for_copies();
+  }
+
+  // f over the lanes of each pixel.
+  __device__ void combine(T (&x)[Pixels]) const {
+#pragma unroll 1
+    for (int o = groups; o < 32; o *= 2)
+#pragma unroll
+      for (int p = 0; p < Pixels; ++p) x[p] += __shfl_xor_sync(kWarp, x[p], o);
+  }
+
+  // f(g, e) of the elements of a step, which f may change: then they are stored.
+  template <bool Store, class F>
+  __device__ void each_element(F f) {
+    Tile::template each_step<kStep>([&](auto steps, int, int at) {
+      constexpr int units = decltype(steps)::value;
+      T g[units * n], e[units * n] = {};
+      Tile::template load<units>(g_ + at, g);
+      if (has_e_) Tile::template load<units>(e_ + at, e);
+#pragma unroll
+      for (int i = 0; i < units * n; ++i) f(g[i], e[i], i % Pixels);
+      if constexpr (Store) {
+        Tile::template store<units>(g_ + at, g);
+        if (has_e_) Tile::template store<units>(e_ + at, e);
+      }
+    });
+  }
+
+  __device__ void find_sums() {
+#pragma unroll
+    for (int p = 0; p < Pixels; ++p) norm_[p] = square_[p] = 0;
+    each_element<false>([&](T g, T e, int p) {
+      const T ge = g * e;
+      norm_[p] = fused(g, g, norm_[p]), square_[p] = fused(ge, ge, square_[p]);
+    });
+    combine(norm_), combine(square_);
+  }
+
+  // dg and de in place of g and e, 0 where a pixel does not count; and sum_c g^2.
+  __device__ void write_gradients(const T (&u)[Pixels], const T (&v)[Pixels]) {
+#pragma unroll
+    for (int p = 0; p < Pixels; ++p) norm_[p] = 0;
+    each_element<true>([&](T& g, T& e, int p) {
+      const T from = g, vg = 2 * v[p] * from;
+      norm_[p] = fused(from, from, norm_[p]);
+      g = valid_[p] ? fused(vg * e, e, 2 * u[p] * from) : T(0), e = valid_[p] ? vg * from * e : T(0);
+    });
+    combine(norm_);
+  }
+
+  const GradientStatistics& call_;
+  const int k_;
+  const int64_t sample_;
+  const bool has_e_;
+  const unsigned g_, e_;
+  int64_t first_;  // the number of this lane's first pixel
+  // Of this lane's pixels.
+  bool inside_[Pixels], valid_[Pixels];
+  T f_[Pixels], norm_[Pixels], square_[Pixels];  // f + eps, sum_c g^2, sum_c (g e)^2
 };
-
-// g and e, if there is any, one after the other, with zeros where the tile has more than the tensor.
-template <class T>
-__device__ void read_planes(const Array* g, const Array* e, int planes, const Tile& tile, T* values) {
-#pragma unroll 1
-  for (int i = 0; i < planes; ++i) read_tile<T>(i ? *e : *g, tile, values + i * (tile.width * tile.pitch), T(0));
-}
-template <class T>
-__device__ void write_planes(const Array* g, const Array* e, int planes, const Tile& tile, T* values) {
-#pragma unroll 1
-  for (int i = 0; i < planes; ++i) write_tile<T>(i ? *e : *g, tile, values + i * (tile.width * tile.pitch));
-}
-
-template <class T>
-__device__ T read_pixel(const void* data, int64_t at) { return static_cast<const T*>(data)[at]; }
 
 // fisher and attribution (K, B), from the numbers of all blocks of a tensor and sample.
 template <class T>
@@ -84,141 +171,44 @@ __device__ void write_results(const GradientStatistics& call, const Place& place
   if (call.attribution) static_cast<T*>(call.attribution)[to] = T(sqrt(square));
 }
 
-template <class T>
-__device__ void forward(const GradientStatistics& call) {
+template <class T, class Storage, int Pixels, int Channels, bool Backward>
+__device__ void run(const GradientStatistics& call) {
   const Place place = place_of_block(call.tilings, call.tensors);
-  const int k = place.tiling;
-  const Tiling& tiling = call.tilings[k];
-  const int plane = tiling.width * tiling.pitch, planes = call.features[k].data ? 2 : 1;
-  T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
-  const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width};
-  T* totals = after + 3 * tiling.width;
-  Team<T> team{tiling.lanes, tiling.lane_bits, totals + blockDim.x / 32 * 3};
-  for (int i = threadIdx.x; i < blockDim.x / 32 * 3; i += blockDim.x) totals[i] = 0;
-
-  for (int i = place.first_tile; i < place.last_tile; ++i) {
-    if (i > place.first_tile) __syncthreads();
-    const Tile tile = tile_at(tiling, place.sample, i);
-    const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_tile<T>(call.grads[k], tile, g, T(0));  // not read_planes, which takes more registers here
-    if (e) read_tile<T>(call.features[k], tile, e, T(0));
+  const int width = call.tilings[place.tiling].width, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  StatisticsTile<T, Storage, Pixels, Channels> tile(call, place, shared_memory + warp * call.warp_bytes);
 #pragma unroll 1
-    for (int p = threadIdx.x; p < tile.width; p += blockDim.x)
-      rows.f[p] = call.values[k] && p < tile.count ? read_pixel<T>(call.values[k], row + p) : T(1);
-    __syncthreads();
-#pragma unroll 1
-    for (int first = 0; first < tile.width; first += team.pixels_at_once()) {
-      const int p = first + team.pixel();
-      const int at = p * tile.pitch;
-      const bool counts = counted(tiling, tile, p);
-      const Sums<T> sums = sums_of_pixel(g + at, e ? e + at : nullptr, tiling.quads, team);
-      const T fisher = counts ? sums.norm / (rows.f[p] + T(call.eps)) : T(0), square = counts ? sums.square : T(0);
-      add_pixels(fisher, team.lanes, totals, 3, 0);
-      add_pixels(square, team.lanes, totals, 3, 1);
-      add_pixels(T(counts), team.lanes, totals, 3, 2);
-      if (team.lane() == 0) rows.fisher[p] = fisher, rows.attribution[p] = square_root(square);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int p = threadIdx.x; p < tile.count; p += blockDim.x) {
-      if (call.fisher_maps[k]) static_cast<T*>(call.fisher_maps[k])[row + p] = rows.fisher[p];
-      if (call.attribution_maps[k]) static_cast<T*>(call.attribution_maps[k])[row + p] = rows.attribution[p];
-    }
+  for (int k = place.first_tile + warp; k < place.last_tile; k += warps) {
+    if constexpr (Backward) tile.backward(int64_t(k) * width);
+    else tile.forward(int64_t(k) * width);
   }
-  uint32_t* arrived = call.arrived + k * call.batch + place.sample;
-  if (publish(totals, 3, static_cast<T*>(call.partial), arrived, tiling.blocks)) write_results<T>(call, place);
-}
-
-// dg and de of a pixel in place of g and e, 0 where it does not count, from 2 u / (f + eps) and 2 v; returns sum_c g^2.
-template <class T>
-__device__ T gradient_of_pixel(T* g, T* e, int quads, Team<T>& team, bool counts, T u, T v) {
-  T norm = 0;
-#pragma unroll 1
-  for (int k = 0; k < quads; ++k) {
-    const int c = 4 * (team.lane() + (k << team.lane_bits));
-    Quad<T> gradient = load_quad(g + c), feature = e ? load_quad(e + c) : Quad<T>{};
-    for (int i = 0; i < 4; ++i) {
-      const T from = gradient.at[i], vg = v * from;
-      norm += from * from;
-      gradient.at[i] = counts ? u * from + vg * feature.at[i] * feature.at[i] : T(0);
-      feature.at[i] = counts ? vg * from * feature.at[i] : T(0);
-    }
-    store_quad(g + c, gradient);
-    if (e) store_quad(e + c, feature);
-  }
-  team.sum(norm);
-  return norm;
-}
-
-template <class T>
-__device__ void backward(const GradientStatistics& call) {
-  const Place place = place_of_block(call.tilings, call.tensors);
-  const int k = place.tiling;
-  const Tiling& tiling = call.tilings[k];
-  const int plane = tiling.width * tiling.pitch, planes = call.features[k].data ? 2 : 1;
-  T *g = shared<T>(), *e = planes == 2 ? g + plane : nullptr, *after = g + planes * plane;
-  // Of `fisher` first the upstream weight u, then df; of `attribution` the upstream gradient of the map.
-  const PixelRows<T> rows{after, after + tiling.width, after + 2 * tiling.width};
-  Team<T> team{tiling.lanes, tiling.lane_bits, after + 3 * tiling.width};
-  const int64_t weight = (call.first_tensor + k) * call.batch + place.sample;
-  const T of_fisher = call.values[k] ? T(call.fisher_weight[weight]) : T(0), of_square = e ? T(call.attribution_weight[weight]) : T(0);
-
-  for (int i = place.first_tile; i < place.last_tile; ++i) {
-    if (i > place.first_tile) __syncthreads();
-    const int k = recomputed(place.tiling);
-    const Tiling& tiling = call.tilings[k];
-    const Tile tile = tile_at(tiling, place.sample, i);
-    const int64_t row = tile.sample * tiling.pixels + tile.begin;
-    read_planes(call.grads + k, call.features + k, planes, tile, g);
-#pragma unroll 1
-    for (int p = threadIdx.x; p < tile.width; p += blockDim.x) {
-      const bool inside = p < tile.count;
-      rows.f[p] = (call.values[k] && inside ? read_pixel<T>(call.values[k], row + p) : T(1)) + T(call.eps);
-      rows.fisher[p] = of_fisher + (call.fisher_maps[k] && inside ? read_pixel<T>(call.fisher_maps[k], row + p) : T(0));
-      rows.attribution[p] = call.attribution_maps[k] && inside ? read_pixel<T>(call.attribution_maps[k], row + p) : T(0);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int first = 0; first < tile.width; first += team.pixels_at_once()) {
-      const int p = first + team.pixel();
-      const int at = p * tile.pitch;
-      const bool counts = counted(tiling, tile, p);
-      T *g_of_pixel = g + at, *e_of_pixel = e ? e + at : nullptr;
-      const T f = rows.f[p], u = call.values[k] ? rows.fisher[p] / f : T(0);
-      T v = of_square;
-      if (call.attribution_maps[k]) {
-        const T square = sums_of_pixel(g_of_pixel, e_of_pixel, tiling.quads, team).square;
-        v += square == 0 ? T(0) : rows.attribution[p] / (2 * square_root(square));
-      }
-      const T norm = gradient_of_pixel(g_of_pixel, e_of_pixel, tiling.quads, team, counts, 2 * u, 2 * v);
-      __syncwarp();  // all threads of the team have read u
-      if (team.lane() == 0) rows.fisher[p] = counts ? -u * norm / f : T(0);
-    }
-    __syncthreads();
-    write_planes(call.to_grads + k, call.to_features + k, planes, tile, g);
-#pragma unroll 1
-    for (int p = threadIdx.x; p < tile.count; p += blockDim.x)
-      if (call.to_values[k]) static_cast<T*>(call.to_values[k])[row + p] = rows.fisher[p];
+  if constexpr (!Backward) {
+    T* const rows = reinterpret_cast<T*>(shared_memory + warps * call.warp_bytes);
+    const T sums[] = {sum_over(tile.fisher, 1), sum_over(tile.square, 1), sum_over(T(tile.counted), 1)};
+    if (threadIdx.x % 32 == 0)
+      for (int i = 0; i < 3; ++i) rows[warp * 3 + i] = sums[i];
+    uint32_t* arrived = call.arrived + place.tiling * call.batch + place.sample;
+    if (publish(rows, 3, static_cast<T*>(call.partial), arrived, call.tilings[place.tiling].blocks)) write_results<T>(call, place);
   }
 }
 
 }  // namespace
 
-// At most 64 registers a thread (128 in float64): 1024 of them fit a multiprocessor.
-#define MRF_KERNEL(pass, name, type)                                                  \
-  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), 1)           \
-      gradient_statistics_##pass##_##name(const __grid_constant__ GradientStatistics call) { \
-    pass<type>(call);                                                                 \
+// At most 64 registers a thread (all in float64): as many warps fit a multiprocessor as their tiles leave room for.
+#define MRF_KERNEL(name, type, storage, pixels, channels)                                                    \
+  extern "C" __global__ void __launch_bounds__(256, 16 / sizeof(type)) gradient_statistics_forward_##name(   \
+      const __grid_constant__ GradientStatistics call) {                                                     \
+    run<type, storage, pixels, channels, false>(call);                                                       \
+  }                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(256, 16 / sizeof(type)) gradient_statistics_backward_##name(  \
+      const __grid_constant__ GradientStatistics call) {                                                     \
+    run<type, storage, pixels, channels, true>(call);                                                        \
   }
-MRF_KERNEL(forward, float32, float)
-MRF_KERNEL(forward, float64, double)
-MRF_KERNEL(backward, float32, float)
-MRF_KERNEL(backward, float64, double)
+MRF_WARP_TILE_KERNELS
 
-const char* launch(const GradientStatistics& call, const Launch& launch, bool backward, bool wide, void* stream) {
-  auto* kernel = backward ? (wide ? gradient_statistics_backward_float64 : gradient_statistics_backward_float32)
-                          : (wide ? gradient_statistics_forward_float64 : gradient_statistics_forward_float32);
-  return run_kernel(kernel, call, launch, stream);
+const char* launch(const GradientStatistics& call, const Launch& launch, bool backward, bool, void* stream) {
+  using Kernel = void (*)(GradientStatistics);
+  constexpr Kernel kernels[2][4][3] = {MRF_WARP_TILE_LIST(gradient_statistics_forward), MRF_WARP_TILE_LIST(gradient_statistics_backward)};
+  return run_kernel(kernels[backward][int(call.grads[0].dtype)][int(call.unit)], call, launch, stream);
 }
 
 }  // namespace cuda

@@ -100,30 +100,11 @@ __device__ void run(const ModalityCrossEntropy& call) {
       const __grid_constant__ ModalityCrossEntropy call) {                                                     \
     run<type, storage, pixels, channels, true>(call);                                                          \
   }
-MRF_KERNEL(pixels_float32, float, float, 1, 0)
-MRF_KERNEL(piece_float32, float, float, 0, 4)
-MRF_KERNEL(single_float32, float, float, 0, 1)
-MRF_KERNEL(pixels_bfloat16, float, __nv_bfloat16, 2, 0)
-MRF_KERNEL(piece_bfloat16, float, __nv_bfloat16, 0, 8)
-MRF_KERNEL(single_bfloat16, float, __nv_bfloat16, 0, 1)
-MRF_KERNEL(pixels_float16, float, __half, 2, 0)
-MRF_KERNEL(piece_float16, float, __half, 0, 8)
-MRF_KERNEL(single_float16, float, __half, 0, 1)
-MRF_KERNEL(pixels_float64, double, double, 1, 0)
-MRF_KERNEL(single_float64, double, double, 0, 1)
-
-// [dtype][unit]
-#define MRF_UNITS(pass, dtype) \
-  modality_cross_entropy_##pass##_pixels_##dtype, modality_cross_entropy_##pass##_piece_##dtype, modality_cross_entropy_##pass##_single_##dtype
-#define MRF_KERNELS(pass)                                                                                             \
-  {{MRF_UNITS(pass, float32)},                                                                                        \
-   {modality_cross_entropy_##pass##_pixels_float64, nullptr, modality_cross_entropy_##pass##_single_float64},         \
-   {MRF_UNITS(pass, bfloat16)},                                                                                       \
-   {MRF_UNITS(pass, float16)}}
+MRF_WARP_TILE_KERNELS
 
 const char* launch(const ModalityCrossEntropy& call, const Launch& launch, bool backward, bool, void* stream) {
   using Kernel = void (*)(ModalityCrossEntropy);
-  constexpr Kernel kernels[2][4][3] = {MRF_KERNELS(forward), MRF_KERNELS(backward)};
+  constexpr Kernel kernels[2][4][3] = {MRF_WARP_TILE_LIST(modality_cross_entropy_forward), MRF_WARP_TILE_LIST(modality_cross_entropy_backward)};
   return run_kernel(kernels[backward][int(call.logits[0].dtype)][int(call.unit)], call, launch, stream);
 }
 

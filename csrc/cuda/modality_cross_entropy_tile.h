@@ -39,7 +39,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
         sample_(sample),
         held_(held),
         active_(count_of(held)),
-        planes_(memory),
+        planes_(shared_address(memory)),
         plane_bytes_(Tile::plane_bytes()),
         means_(reinterpret_cast<T*>(memory + active_ * plane_bytes_)),
         numbers_(reinterpret_cast<T*>(memory + call.numbers)),
@@ -68,7 +68,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
       a = 0;
 #pragma unroll 1
       for (int m = 0; m < call_.modalities; ++m)
-        Tile::take(call_.gradients[m], sample_, begin, held_ >> m & 1 ? plane(a++) : nullptr);
+        Tile::take(call_.gradients[m], sample_, begin, plane(a), held_ >> m & 1), a += held_ >> m & 1;
     }
   }
 
@@ -80,7 +80,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   static constexpr T most_ = sizeof(T) == 4 ? T(1e20) : T(1e200);  // of Q, for the squares of what follows from it
 
   __device__ static int count_of(uint64_t held) { return __popcll(held); }
-  __device__ unsigned char* plane(int a) const { return planes_ + a * plane_bytes_; }
+  __device__ unsigned plane(int a) const { return planes_ + a * plane_bytes_; }
   __device__ int modality(int a) const {
     uint64_t rest = held_;
 #pragma unroll 1
@@ -137,7 +137,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll 1
       for (int a = 0; a < active_; ++a) {
         T x[n];
-        Tile::load(plane(a) + place(channel(k)), x);
+        Tile::template load<1>(plane(a) + place(channel(k)), x);
         for (int i = 0; i < n; ++i) sum[i] += x[i];
       }
       for (int i = 0; i < n; ++i) means(k)[i] = sum[i];
@@ -175,28 +175,6 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
     if constexpr (Backward) write_gradients(first, count);
   }
 
-  // f<units>(first unit, its place in a plane) over the units of this lane.
-  template <class F>
-  __device__ void each_step(F f) const {
-    const int end = units();
-    int k = 0, at = place(channel(0));
-#pragma unroll 1
-    for (; k + kStep <= end; k += kStep, at += kStep * Tile::step()) f(std::integral_constant<int, kStep>{}, k, at);
-    if constexpr (kStep > 1)
-#pragma unroll 1
-      for (; k < end; ++k, at += Tile::step()) f(std::integral_constant<int, 1>{}, k, at);
-  }
-  template <int Units>
-  __device__ void load(int a, int at, T (&x)[Units * n]) const {
-#pragma unroll
-    for (int u = 0; u < Units; ++u) {
-      T values[n];
-      Tile::load(plane(a) + at + u * Tile::step(), values);
-#pragma unroll
-      for (int j = 0; j < n; ++j) x[u * n + j] = values[j];
-    }
-  }
-
   // `sum`: of the logits of all modalities, of which the mean is taken by the scale of the exponentials.
   template <int Units>
   __device__ void load_means(int unit, T (&sum)[Units * n]) const {
@@ -224,14 +202,14 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
 
   __device__ void add_up(int first, int count) {
     each_sums(first, count, [](Sums<T>& s) { s.rest = s.square = 0; });
-    each_step([&](auto steps, int k, int at) {
+    Tile::template each_step<kStep>([&](auto steps, int k, int at) {
       constexpr int units = decltype(steps)::value;
       T sum[units * n];
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a == 0 || a < count) {
           T x[units * n];
-          load<units>(first + a, at, x);
+          Tile::template load<units>(plane(first + a) + at, x);
           for (int i = 0; i < units * n; ++i) sum[i] = a == 0 ? x[i] : sum[i] + x[i];
           add<units, true>(own_[a], x, kLog2E<T>);
         }
@@ -277,14 +255,14 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   // Of these the bases become the maxima, for which `rest` is used meanwhile.
   __device__ void find_maxima(int first, int count, unsigned far) {
     each_sums(first, count, [](Sums<T>& s) { s.rest = s.x; });
-    each_step([&](auto steps, int k, int at) {
+    Tile::template each_step<kStep>([&](auto steps, int k, int at) {
       constexpr int units = decltype(steps)::value;
       T sum[units * n] = {};
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a < count) {
           T x[units * n];
-          load<units>(first + a, at, x);
+          Tile::template load<units>(plane(first + a) + at, x);
           for (int i = 0; i < units * n; ++i) sum[i] += x[i], own_[a][i % Pixels].rest = maximum(own_[a][i % Pixels].rest, x[i]);
         }
       if (first > 0) return;
@@ -330,13 +308,13 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll 1
     for (int k = 0; k < units(); ++k) {
       T x[n] = {};
-      if (a >= 0) load<1>(a, place(channel(k)), x);
+      if (a >= 0) Tile::template load<1>(plane(a) + place(channel(k)), x);
       else if (active_ > kGroup) load_means<1>(k, x);
       else
 #pragma unroll 1
         for (int b = 0; b < active_; ++b) {
           T y[n];
-          load<1>(b, place(channel(k)), y);
+          Tile::template load<1>(plane(b) + place(channel(k)), y);
           for (int i = 0; i < n; ++i) x[i] += y[i];
         }
 #pragma unroll
@@ -437,13 +415,13 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   __device__ T& of_weighted(int a, int p) const { return at_target(2 * kGroup + a, p); }
 
   __device__ void write_gradients(int first, int count) {
-    each_step([&](auto steps, int k, int at) {
+    Tile::template each_step<kStep>([&](auto steps, int k, int at) {
       constexpr int units = decltype(steps)::value;
       T x[kGroup][units * n], sum[units * n];
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a == 0 || a < count) {
-          load<units>(first + a, at, x[a]);
+          Tile::template load<units>(plane(first + a) + at, x[a]);
           for (int i = 0; i < units * n; ++i) sum[i] = a == 0 ? x[a][i] : sum[i] + x[a][i];
         }
       if (active_ > kGroup) load_means<units>(k, sum);
@@ -463,12 +441,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
               x[a][i] -= w * fused(of_weighted(a, i % Pixels), e, of_weight(a, i % Pixels));
             }
           }
-#pragma unroll
-          for (int u = 0; u < units; ++u) {
-            T values[n];
-            for (int j = 0; j < n; ++j) values[j] = x[a][u * n + j];
-            Tile::store(plane(first + a) + at + u * Tile::step(), values);
-          }
+          Tile::template store<units>(plane(first + a) + at, x[a]);
         }
     });
 #pragma unroll
@@ -476,7 +449,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
       if (a < count)
 #pragma unroll
         for (int p = 0; p < Pixels; ++p) {
-          unsigned char* const start = plane(first + a) + p * Tile::size;
+          const unsigned start = plane(first + a) + p * Tile::size;
           if (Tile::owns(y_[p])) Tile::store_one(start + place(y_[p]), at_target(a, p));
           if (!valid_[p])
             for (int k = 0; k < units(); ++k)
@@ -488,7 +461,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   const int64_t sample_;
   const uint64_t held_;  // bit m: whether the sample has modality m
   const int active_;
-  unsigned char* const planes_;
+  const unsigned planes_;
   const int plane_bytes_;
   T *const means_, *const numbers_;
   const T* const class_weights_;

@@ -70,7 +70,8 @@ void run(Call& call, const Tensor& like, bool backward, bool wide, int64_t rows,
   const mrf::cuda::Launch launch = mrf::cuda::plan(call, backward, wide ? 8 : 4, mrf::cuda::shared_memory_limit());
   STD_TORCH_CHECK(launch.shared_bytes >= 0,
                   "modreg_fast: backend 'cuda': too many channels or modalities: those of one pixel do not fit the shared memory of this "
-                  "GPU, or softmax_fisher has more than 4096 channels (2048 in float64); use backend 'reference'");
+                  "GPU, or softmax_fisher with noise, in float64 or of more than four modalities has more than 4096 channels (2048 in "
+                  "float64); use backend 'reference'");
   std::optional<Tensor> partial, arrived;
   if (!backward) {
     partial = torch::stable::new_empty(like, {launch.blocks * rows}, wide ? ScalarType::Double : ScalarType::Float);
