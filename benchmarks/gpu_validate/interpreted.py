@@ -34,7 +34,14 @@ def _install() -> None:
     if ptx.NVCC is None or cuda_calls.COMPILER is None:
         raise RuntimeError("a dry run of the CUDA kernels needs nvcc and a C++ compiler")
     _compile_once(Path(os.environ["MODREG_FAST_DRY_RUN"]))
-    for function in (softmax_fisher_forward, softmax_fisher_backward, gradient_statistics_forward, gradient_statistics_backward):
+    for function in (
+        softmax_fisher_forward,
+        softmax_fisher_backward,
+        gradient_statistics_forward,
+        gradient_statistics_backward,
+        modality_cross_entropy_forward,
+        modality_cross_entropy_backward,
+    ):
         function.default = function  # the backends name an overload, which spares a call its choice
         setattr(torch.ops.modreg_fast_cuda, function.__name__, function)
     backends = sys.modules["modreg_fast.backends"]  # the package's attribute of that name is a function
@@ -43,10 +50,10 @@ def _install() -> None:
 
 
 def _compile_once(folder: Path) -> None:
-    """nvcc and the parser take a quarter of a minute: the processes of a run share what they make."""
+    """nvcc and the parser take a minute: the processes of a run share what they make."""
     file = folder / "kernels.pickle"
     if not file.exists():
-        texts = {stem: cuda_calls.kernels(stem) for stem in ("softmax_fisher", "gradient_statistics")}
+        texts = {stem: cuda_calls.kernels(stem) for stem in cuda_calls.SOURCES}
         file.write_bytes(pickle.dumps((texts, {text: ptx.launch.parse_once(text) for text in texts.values()})))
     texts, modules = pickle.loads(file.read_bytes())
     cuda_calls.kernels = lambda stem, arch: texts[stem]
@@ -120,6 +127,38 @@ def _gradient_statistics(grads, features, values, masks, eps, **options):
     memory = ptx.Memory()
     tensors = ([_tensor(memory, x) for x in group] for group in (grads, features))
     out = cuda_calls.gradient_statistics(*tensors, values=_arrays(values), masks=_arrays(masks), eps=eps, **options)
+    REPORTS.append(out.report)
+    return out
+
+
+def modality_cross_entropy_forward(
+    logits, target, weight, present, ignore_index, label_smoothing, eps, cross_entropy, joint, information, weights
+):
+    out = _modality_cross_entropy(logits, target, weight, present, ignore_index, label_smoothing, eps)
+    for result, name in ((cross_entropy, "cross_entropy"), (joint, "joint"), (information, "information"), (weights, "weights")):
+        result.copy_(torch.from_numpy(getattr(out, name).numpy()))
+
+
+def modality_cross_entropy_backward(
+    to_cross_entropy, to_joint, to_information, logits, target, weight, present, ignore_index, label_smoothing, eps, gradients
+):
+    upstream = _arrays([to_cross_entropy, to_joint, to_information])
+    out = _modality_cross_entropy(logits, target, weight, present, ignore_index, label_smoothing, eps, upstream=upstream)
+    _copy(out.gradients, gradients)
+
+
+def _modality_cross_entropy(logits, target, weight, present, ignore_index, label_smoothing, eps, **options):
+    memory = ptx.Memory()
+    out = cuda_calls.modality_cross_entropy(
+        [_tensor(memory, x) for x in logits],
+        target.numpy(),
+        weight=None if weight is None else weight.numpy(),
+        present=None if present is None else present.numpy(),
+        ignore_index=ignore_index,
+        smoothing=label_smoothing,
+        eps=eps,
+        **options,
+    )
     REPORTS.append(out.report)
     return out
 
