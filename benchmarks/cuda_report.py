@@ -24,15 +24,15 @@ from cuda_calls import Tensor  # noqa: E402
 
 from benchmarks import gpu_work  # noqa: E402
 
-STEMS = ("softmax_fisher", "gradient_statistics")
+STEMS = ("softmax_fisher", "gradient_statistics", "modality_cross_entropy")
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("pixels", "channels")
 
 
 @functools.cache
-def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[str, sass.Resources]]:
-    """The cubin of the PTX that the interpreter runs, and what each kernel in it takes."""
-    code, log = gpu_work.assembled(cuda_calls.kernels(stem, f"sm_{architecture}"), *options)
+def assembled(source: str, architecture: int, *options: str) -> tuple[bytes, dict[str, sass.Resources]]:
+    """The cubin of the PTX that the interpreter runs, and what each kernel in it takes; ``source``: one of ``cuda_calls.SOURCES``."""
+    code, log = gpu_work.assembled(cuda_calls.kernels(source, f"sm_{architecture}"), *options)
     found = {}
     for part in log.split("Compiling entry function ")[1:]:
         stores, reads = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)[:2]
@@ -43,27 +43,26 @@ def assembled(stem: str, architecture: int, *options: str) -> tuple[bytes, dict[
 
 
 def run(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool):
-    """The kernel's name, the elements of its inputs, and the results of a launch. Two modalities, four of 25 channels; gradient, feature
-    and values of one tensor. As many pixels as fill a few tiles, all taken by one block, as in calls of many tiles."""
-    rng, memory, pixels = np.random.default_rng(0), ptx.Memory(), 256 if channels == 64 else 1024
+    """The elements of its inputs, and the results of a launch. Two modalities, four of 25 channels; gradient, feature and values of one
+    tensor. As many pixels as fill a few tiles, all taken by one block, as in calls of many tiles."""
+    rng, memory, pixels = np.random.default_rng(0), ptx.Memory(), 1024
     count = 4 if channels == 25 else 2
     xs = [Tensor(memory, rng.standard_normal((1, channels, pixels)), dtype, layout) for _ in range(count)]
+    one = dict(most_blocks=1)
     if stem == "softmax_fisher":
         weight = np.ones((count, 1, 1)) if backward else None
-        out = cuda_calls.softmax_fisher([[x] for x in xs], sigma=[0.5 * noise] * count, weight=weight, most_blocks=1)
-    else:
+        out = cuda_calls.softmax_fisher([[x] for x in xs], sigma=[0.5 * noise] * count, weight=weight, **one)
+    elif stem == "gradient_statistics":
         upstream = (np.ones((1, 1)), np.ones((1, 1)), None, None) if backward else None
-        values = [np.ones((1, pixels))]
-        out = cuda_calls.gradient_statistics(xs[:1], xs[1:], values=values, upstream=upstream, most_blocks=1)
-    return kernel_name(stem, backward, noise), count * channels * pixels, out
-
-
-def kernel_name(stem: str, backward: bool, noise: bool) -> str:
-    return f"{stem}_{'backward' if backward else 'forward'}{'_noise' if noise else ''}_float32"
+        out = cuda_calls.gradient_statistics(xs[:1], xs[1:], values=[np.ones((1, pixels))], upstream=upstream, **one)
+    else:
+        target, above = rng.integers(0, channels, (1, pixels)), (np.ones((count, 1)), np.ones(1), np.ones((count, 1)))
+        out = cuda_calls.modality_cross_entropy(xs, target, upstream=above if backward else None, **one)
+    return count * channels * pixels, out
 
 
 def planned(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool, shared: int):
-    """The tiling and the launch for a multiprocessor with so much shared memory."""
+    """The call, its tiling and its launch, planned for a multiprocessor with so much shared memory."""
     pixels = 4096
     lines, length = (channels, pixels) if layout == "pixels" else (pixels, channels)
     array = cuda_calls.Array(256, lines * length, length, cuda_calls.DTYPES[dtype], layout == "pixels")
@@ -71,11 +70,20 @@ def planned(stem: str, channels: int, dtype: str, layout: str, backward: bool, n
         call = cuda_calls.SoftmaxFisher(modalities=2, scales=1, batch=8)
         call.sigma[:2] = [0.5 * noise] * 2
         call.features[:2] = [array] * 2
-    else:
+    elif stem == "gradient_statistics":
         call = cuda_calls.GradientStatistics(tensors=1, batch=8)
         call.grads[0] = call.features[0] = array
-    call.tilings[0].channels, call.tilings[0].pixels = channels, pixels
-    return call.tilings[0], cuda_calls.plan(stem, call, backward, 4, shared - 2048)
+    else:
+        call = cuda_calls.ModalityCrossEntropy(modalities=2, batch=8)
+        call.logits[:2] = [array] * 2
+    tiling = call.tiling if stem == "modality_cross_entropy" else call.tilings[0]
+    tiling.channels, tiling.pixels = channels, pixels
+    return call, tiling, cuda_calls.plan(stem, call, backward, 4, shared - 2048)
+
+
+def resources(stem: str, call, backward: bool, architecture: int) -> sass.Resources:
+    """Of the kernel that runs a planned call."""
+    return assembled(cuda_calls.source_of(stem, call), architecture)[1][cuda_calls.entry(stem, call, backward, "float32")]
 
 
 def table(*titles: str) -> None:
@@ -85,8 +93,8 @@ def table(*titles: str) -> None:
 def print_registers() -> None:
     print("\n### Registers\n\nPer thread, and bytes spilled per thread. float64 is there for checks.")
     table("kernel", *(f"sm_{architecture}" for architecture in sass.SHARED))
-    for stem in STEMS:
-        by_architecture = [assembled(stem, architecture)[1] for architecture in sass.SHARED]
+    for source in cuda_calls.SOURCES:
+        by_architecture = [assembled(source, architecture)[1] for architecture in sass.SHARED]
         for name in by_architecture[0]:
             cells = (f"{found[name].registers}, {found[name].stack}" for found in by_architecture)
             print(f"| {name} | {' | '.join(cells)} |")
@@ -101,13 +109,13 @@ def print_tiles() -> None:
     for stem, channels, noise, backward, layout, dtype in itertools.product(
         STEMS, (64, 256, 1024), (False, True), (False, True), LAYOUTS, DTYPES
     ):
-        if stem == "gradient_statistics" and noise:
+        if stem != "softmax_fisher" and noise:
             continue
-        tiling, launch = planned(stem, channels, dtype, layout, backward, noise, sass.SHARED[90])
+        call, tiling, launch = planned(stem, channels, dtype, layout, backward, noise, sass.SHARED[90])
         tile, shares = f"{channels} x {tiling.width} | {launch.threads} | {launch.shared_bytes / 1024:.1f}", []
         for architecture, shared in sass.SHARED.items():
-            _, launch = planned(stem, channels, dtype, layout, backward, noise, shared)
-            found = assembled(stem, architecture)[1][kernel_name(stem, backward, noise)]
+            call, _, launch = planned(stem, channels, dtype, layout, backward, noise, shared)
+            found = resources(stem, call, backward, architecture)
             shares.append(f"{found.occupancy(architecture, launch.threads, launch.shared_bytes):.0%}")
         pass_ = f"{'backward' if backward else 'forward'}{', noise' if noise else ''}"
         print(f"| {stem} | {channels} | {dtype} | {layout} | {pass_} | {tile} | {' | '.join(shares)} |")
@@ -122,7 +130,7 @@ def print_roofline() -> None:
     for channels, dtype, layout, stem, noise, backward in itertools.product(
         (64, 25), DTYPES, LAYOUTS, STEMS, (False, True), (False, True)
     ):
-        if channels == 25 and (stem, noise) != ("softmax_fisher", False) or stem == "gradient_statistics" and noise:
+        if noise and (stem, channels) != ("softmax_fisher", 64) or (stem, channels) == ("gradient_statistics", 25):
             continue
         found = paper(stem, channels, dtype, layout, backward, noise)
         pass_ = f"{'backward' if backward else 'forward'}{', noise' if noise else ''}"
@@ -131,19 +139,22 @@ def print_roofline() -> None:
 
 
 def paper(stem: str, channels: int, dtype: str, layout: str, backward: bool, noise: bool) -> gpu_work.OnPaper:
-    cubin = assembled(stem, 90, "-lineinfo")[0]
-    with ptx.requests.as_assembled(sass.widths(cubin, kernel_name(stem, backward, noise))):
-        name, elements, out = run(stem, channels, dtype, layout, backward, noise)
-    resources = assembled(stem, 90)[1][name]
-    blocks = resources.blocks(90, out.launch.threads, out.launch.shared_bytes)
+    call, _, _ = planned(stem, channels, dtype, layout, backward, noise, sass.SHARED[90])
+    if channels == 25 and stem != "gradient_statistics":
+        call.modalities = 4
+    source, name = cuda_calls.source_of(stem, call), cuda_calls.entry(stem, call, backward, "float32")
+    cubin = assembled(source, 90, "-lineinfo")[0]
+    with ptx.requests.as_assembled(sass.widths(cubin, name)):
+        elements, out = run(stem, channels, dtype, layout, backward, noise)
+    blocks = resources(stem, out.call, backward, 90).blocks(90, out.launch.threads, out.launch.shared_bytes)
     found = gpu_work.on_paper(cubin, name, out.report, elements, out.launch.threads // 32, blocks)
-    check(found.names, stem, out)
+    check(found.names, source, out)
     return found
 
 
-def check(names, stem: str, out) -> None:
+def check(names, source: str, out) -> None:
     """What is one instruction in both languages is counted alike."""
-    lines = cuda_calls.kernels(stem).splitlines()
+    lines = cuda_calls.kernels(source).splitlines()
     expected = {"MUFU.EX2": 0, "SHFL.BFLY": 0}
     for line, n in out.report.executions.items():
         expected["MUFU.EX2"] += n * ("ex2.approx" in lines[line - 1])

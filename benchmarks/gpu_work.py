@@ -67,7 +67,8 @@ def on_paper(cubin: bytes, entry: str, report: ptx.Report, elements: int, warps:
     loads = sum(
         traffic.distinct for buffer, traffic in report.loads_of.items() if not buffer.constant
     )  # what all read is fetched once
-    synchronized = any(n for name, n in names.items() if name.startswith("BAR"))
+    # More barriers than the few with which the warps of a block end, once for all of its tiles.
+    synchronized = sum(n for name, n in names.items() if name.startswith("BAR")) > 4 * 32 * warps
     work = Work((loads + report.stores.bytes) / elements, counts, blocks if synchronized else blocks * warps)
     conflicts = wavefronts / sum(r.least_wavefronts for r in shared) if shared else 1.0
     return OnPaper(work, conflicts, sum(r.sectors for r in world) / sum(r.least_sectors for r in world), names)
