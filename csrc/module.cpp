@@ -31,7 +31,7 @@ struct ModalitiesCall {
   int64_t most_channels = 0;
 
   ModalitiesCall(const Tensors& tensors, int64_t channel_dim, const std::optional<Tensor>& given_present)
-      : inputs(tensors, channel_dim, tensors, "features"), present(contiguous(given_present, "present")) {}
+      : inputs(tensors, channel_dim, tensors, "features"), present(contiguous(given_present, inputs.elements, "present")) {}
 
   // After the checks.
   void divide(int modalities, const Tensors& masks, double eps) {
@@ -86,7 +86,7 @@ struct SoftmaxFisherCall : ModalitiesCall<SoftmaxFisher> {
   SoftmaxFisherCall(const Tensors& tensors, const Tensors& given_masks, const std::optional<Tensor>& present,
                     const std::vector<double>& sigma, int64_t samples, const std::optional<Tensor>& seed, bool detach_reference, double eps,
                     int64_t channel_dim)
-      : ModalitiesCall(tensors, channel_dim, present), masks(contiguous(given_masks, "masks")), sigma(sigma) {
+      : ModalitiesCall(tensors, channel_dim, present), masks(contiguous(given_masks, inputs.elements, "masks")), sigma(sigma) {
     check::softmax_fisher(inputs.flats, masks, this->present, sigma, samples, seed, eps);
     divide(int(sigma.size()), masks, eps);
     problem.draws = int(samples);
@@ -154,8 +154,8 @@ struct ModalityCrossEntropyCall : ModalitiesCall<ModalityCrossEntropy> {
   ModalityCrossEntropyCall(const Tensors& logits, const Tensor& given_target, const std::optional<Tensor>& given_weight,
                            const std::optional<Tensor>& present, int64_t ignore_index, double label_smoothing, double eps,
                            int64_t channel_dim)
-      : ModalitiesCall(logits, channel_dim, present), target(contiguous(given_target, "target")),
-        weight(given_weight.has_value() ? std::optional(contiguous(*given_weight, "weight", ScalarType::Double)) : std::nullopt) {
+      : ModalitiesCall(logits, channel_dim, present), target(contiguous(given_target, inputs.elements, "target")),
+        weight(contiguous(given_weight, inputs.elements, "weight", ScalarType::Double)) {
     check::modality_cross_entropy(inputs.flats, target, weight, this->present, label_smoothing, eps);
     divide(int(logits.size()), {}, eps);
     problem.target_type = integer_of(target);
@@ -230,7 +230,7 @@ struct GradientStatisticsCall {
   GradientStatisticsCall(const Tensors& given_grads, const Tensors& given_features, const Tensors& given_values, const Tensors& given_masks,
                          double eps, int64_t channel_dim)
       : g(given_grads, channel_dim, given_grads, "grads"), e(given_features, channel_dim, given_grads, "features", &g.flats),
-        values(accumulated(given_values, "values")), masks(contiguous(given_masks, "masks")), grads(g.views()), features(e.views()),
+        values(accumulated(given_values, "values")), masks(contiguous(given_masks, g.elements, "masks")), grads(g.views()), features(e.views()),
         value_views(flat_views_of(values)) {
     check::gradient_statistics(g.flats, e.flats, values, masks, eps);
     type = widest(given_grads);
@@ -252,7 +252,7 @@ struct GradientStatisticsCall {
   Tensors accumulated(const Tensors& maps, const char* name) const {
     Tensors found;
     for (size_t k = 0; k < maps.size() && k < g.flats.size(); ++k)
-      found.push_back(contiguous(maps[k], name, check::accumulation_type(g.flats[k].type)));
+      found.push_back(contiguous(maps[k], g.elements, name, check::accumulation_type(g.flats[k].type)));
     that(found.size() == maps.size(), name, "at most as many as grads");
     return found;
   }
@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> gradient_statistics_forward(Tensors
   });
   fill(attribution, [&](int64_t i) { return std::sqrt(sum(i, [&](int64_t u) { return partial[2 * u + 1]; })); });
   for (Tensors* all : {&fisher_maps, &attribution_maps})
-    for (Tensor& map : *all) map = contiguous(map, "a map", call.type);
+    for (Tensor& map : *all) map = contiguous(map, map.numel(), "a map", call.type);
   return {fisher, attribution, fisher_maps, attribution_maps};
 }
 

@@ -51,24 +51,26 @@ const T* data_or_null(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<const T*>(x->data_ptr()) : nullptr;
 }
 
-// Of another dtype where `type` says so.
-Tensor contiguous(const Tensor& x, const char* name, std::optional<ScalarType> type = std::nullopt) {
+// Of another dtype where `type` says so. Of at most `most` elements, so that no wrong one, expanded from little memory, is copied.
+Tensor contiguous(const Tensor& x, int64_t most, const char* name, std::optional<ScalarType> type = std::nullopt) {
   memory(x, x, name);
+  that(x.numel() <= most, name, "of no more elements than what it belongs to");
   if (type.has_value() && x.scalar_type() != *type) {
     that(is_floating(x.scalar_type()), name, "of float32, float64, bfloat16 or float16");
-    return contiguous(torch::stable::to(x, type), name);
+    return contiguous(torch::stable::to(x, type), most, name);
   }
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-Tensors contiguous(const Tensors& tensors, const char* name) {
+Tensors contiguous(const Tensors& tensors, int64_t most, const char* name) {
   Tensors found;
-  for (const Tensor& x : tensors) found.push_back(contiguous(x, name));
+  for (const Tensor& x : tensors) found.push_back(contiguous(x, most, name));
   return found;
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& x, const char* name) {
-  return x.has_value() ? std::optional(contiguous(*x, name)) : x;
+std::optional<Tensor> contiguous(const std::optional<Tensor>& x, int64_t most, const char* name,
+                                 std::optional<ScalarType> type = std::nullopt) {
+  return x.has_value() ? std::optional(contiguous(*x, most, name, type)) : x;
 }
 
 ScalarType widest(const Tensors& tensors) {
@@ -198,6 +200,7 @@ struct Inputs {
   const Tensors& given;
   const int64_t channel_dim;
   Flats flats;
+  int64_t elements = 0;
   std::vector<Gradient> gradients;
 
   // `like`: whose device they are on; `others`: whose layouts they have, if any.
@@ -207,6 +210,7 @@ struct Inputs {
     for (size_t k = 0; k < given.size(); ++k) {
       flats.push_back(read(given[k], channel_dim, like[0], name, others ? &(*others)[k] : nullptr));
       that(given[k].is_cpu(), name, "on the CPU");
+      elements += given[k].numel();
     }
   }
 
