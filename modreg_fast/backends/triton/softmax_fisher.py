@@ -41,20 +41,22 @@ from modreg_fast.backends.triton.tiles import (
 )
 
 _MOST_CHANNELS = 2**16
-_LEAST_THREADS = 256
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR_BELOW = tl.constexpr(-(2.0**126))  # in the place of channels past the last: its exponential is 0, its product with 0 as well
 
-# Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 64 registers hold without a spill
+# Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 128 registers hold without a spill
 # (tests/test_triton_compiled.py). For each of them a thread holds all features, q, and p, d and log p of one draw, in the backward
 # pass gradients instead of features and the pull on q. The more channels of a pixel a thread has, the fewer sums go between threads.
+# Blocks are small, because the warps of one wait for each other at its barriers: those of eight, which fit at least, fill the gaps.
 _ELEMENTS = {
     # (backward, noise)
-    (False, False): (16, 8, 4),
-    (False, True): (4, 4, 4),
-    (True, False): (8, 4, 1),
-    (True, True): (4, 2, 1),
+    (False, False): (16, 16, 8),
+    (False, True): (16, 8, 8),
+    (True, False): (16, 8, 4),
+    (True, True): (8, 4, 2),
 }
+_REGISTERS = 128
+_LEAST_THREADS, _MOST_THREADS = 64, 65536 // _REGISTERS
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def _draw(x, q, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY: tl.con
     return p_draw, log_p, d, over_channels(d * d), q_log_p, f + number(eps, SHAPE)
 
 
-@triton.jit(do_not_specialize=["strides", "pixels", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def _forward_kernel(
     features,
     strides,
@@ -150,7 +152,7 @@ def _forward_kernel(
         program -= programs
 
 
-@triton.jit(do_not_specialize=["pixels", "batch", "programs"])
+@triton.jit(do_not_specialize=["batch", "programs"])
 def _reduce_kernel(
     partial,
     partial_counts,
@@ -209,7 +211,7 @@ def _derivatives(
         return to_x, b * log_p - a * d, b * q_log_p - a * (p_d - n)  # sum_c q d = sum_c p d - sum_c d^2
 
 
-@triton.jit(do_not_specialize=["strides", "gradient_strides", "pixels", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def _backward_kernel(
     features,
     strides,
@@ -272,8 +274,6 @@ def _backward_kernel(
                 pull = to_r if pull is None else pull + to_r
                 q_pull = q_to_r if q_pull is None else q_pull + q_to_r
                 owns = owns + (own,)  # type: ignore[assignment]
-                if NOISY[m] or SHAPE.block_c != SHAPE.channels or SHAPE.held == 2:
-                    tl.debug_barrier()  # so that no arithmetic of this modality waits, in registers, behind the sums of the next
             q_share = q * share
             inside = inside_rows(p, pixels[s], SHAPE)
             for m in tl.static_range(MODALITIES):
@@ -293,19 +293,14 @@ def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) ->
     for xs in features:
         item, last, channels = xs[0].element_size(), launches.channels_last(xs[0]), xs[0].shape[1]
         vector, block_c = launches.vector(xs), launches.power_of_two(max(4 if noisy else 1, channels))
-        elements = _ELEMENTS[backward, noisy][size]
-        # What takes more registers: sums across warps, many loads, channels past the last.
-        across, scattered = block_c > 32 * elements, last and elements > 2 * vector
-        padded = block_c > channels and (last or (size > 0 and not noisy))
-        elements = max(1, elements >> ((across or scattered or padded) if backward else across + scattered))
-        elements = held = min(elements, block_c)
-        needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements
-        threads = min(launches.MOST_THREADS, max(threads, needed))
-        tiles.append((xs, last, vector, elements, block_c, held))
+        held = min(_ELEMENTS[backward, noisy][size], block_c)
+        needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // held
+        threads = min(_MOST_THREADS, max(threads, needed))
+        tiles.append((xs, last, vector, block_c, held))
     shapes = []
-    for xs, last, vector, elements, block_c, held in tiles:
+    for xs, last, vector, block_c, held in tiles:
         channels, pixels, wide = xs[0].shape[1], xs[0].shape[2], xs[0].dtype == torch.float64
-        block_p = max(1, min(launches.power_of_two(pixels), threads * elements // block_c))
+        block_p = max(1, min(launches.power_of_two(pixels), threads * held // block_c))
         run = min(held, max(vector, 4 if noisy else 1)) if last else held
         shapes.append(Shape(channels, last, vector, launches.far(xs), wide, block_c, block_p, held, run))
     return tuple(shapes), threads
@@ -379,8 +374,10 @@ def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
     sums = (partial, partial_counts, problem.samples, plan.pixels, arguments[-1], plan.programs, *result)
     reduced = {"SHAPES": plan.shapes, "MODALITIES": modalities, "BLOCK": 1024}
     return result, [
-        Launch(_forward_kernel, device, plan.programs, plan.threads, (*arguments, partial, partial_counts), constants),
-        Launch(_reduce_kernel, device, result.counts.numel(), _LEAST_THREADS, sums, reduced),
+        Launch(
+            _forward_kernel, device, plan.programs, plan.threads, (*arguments, partial, partial_counts), constants, _REGISTERS
+        ),
+        Launch(_reduce_kernel, device, result.counts.numel(), 256, sums, reduced),
     ]
 
 
@@ -392,7 +389,15 @@ def backward_launches(problem: Problem, result: Result, upstream: Result) -> tup
     constants["DETACH"] = problem.detach_reference
     flat = [xs[m] for m in range(problem.modalities) for xs in gradients]
     return flat, [
-        Launch(_backward_kernel, problem.features[0].device, plan.programs, plan.threads, (*arguments, *results), constants)
+        Launch(
+            _backward_kernel,
+            problem.features[0].device,
+            plan.programs,
+            plan.threads,
+            (*arguments, *results),
+            constants,
+            _REGISTERS,
+        )
     ]
 
 
