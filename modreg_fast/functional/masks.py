@@ -120,5 +120,5 @@ def pooled(values: Tensor, mask: Tensor | None, spatial: tuple[int, ...]) -> Ten
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
     """A few numbers in the dtype and on the device of ``like``; on a GPU by fills, for a copy from the host would wait."""
     if like.device.type == "cpu":
-        return torch.tensor(values, dtype=like.dtype)
+        return torch.tensor(values, dtype=like.dtype, device="cpu")
     return torch.stack([like.new_full((), value) for value in values])
