@@ -2,7 +2,7 @@
 
     modreg-fast audit --model examples.indian_pines:build --data examples.indian_pines:loader --ignore-index 255 \
         --features 'vnir=encoders.vnir.stages.*' --features 'swir=encoders.swir.stages.*' --html audit.html
-    chromium --headless --hide-scrollbars --window-size=1100,2040 --screenshot=audit.png audit.html
+    chromium --headless --hide-scrollbars --window-size=1100,2120 --screenshot=audit.png audit.html
 
 With another processor or number of threads rounding takes training another way: shares differ by a few points, scores by more.
 """
