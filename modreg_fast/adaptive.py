@@ -19,8 +19,12 @@ __all__ = ["AdaptiveWeight", "QualityTarget"]
 
 
 class _Averages(Grouped):
-    """Keeps the dtype of its buffers when the model around it is cast: an average of large norms or counts is infinite in float16, and
-    never becomes finite again."""
+    """Its buffers have float32 at least, also where the model around them is cast or the default dtype is smaller: an average of large
+    norms or counts is infinite in float16, and never becomes finite again."""
+
+    def _start(self, name: str, *shape: int) -> None:
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         before = dict(self.named_buffers())
@@ -81,8 +85,8 @@ class AdaptiveWeight(_Averages):
         self.maximum = validate.number(maximum, name, "maximum")
         self.process_group = process_group
         # Both averages start from 0, which cancels in their ratio.
-        self.register_buffer("task_norm", torch.zeros(()))
-        self.register_buffer("penalty_norm", torch.zeros(()))
+        self._start("task_norm")
+        self._start("penalty_norm")
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio:g}, decay={self.decay:g}, maximum={self.maximum:g}"
@@ -213,8 +217,8 @@ class QualityTarget(_Averages):
         self.decay = _decay(decay, name)
         self.process_group = process_group
         # Sums over positions: (M,), and per class (M, K). Both start from 0, which cancels in their ratio.
-        self.register_buffer("cross_entropy", torch.zeros(len(self.modalities)))
-        self.register_buffer("labels", torch.zeros(len(self.modalities), classes))
+        self._start("cross_entropy", len(self.modalities))
+        self._start("labels", len(self.modalities), classes)
 
     def extra_repr(self) -> str:
         return f"modalities={self.modalities}, classes={self.labels.shape[1]}, smoothing={self.smoothing:g}, decay={self.decay:g}"

@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from threading import get_ident
 from types import FrameType, MethodType
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ def capture(model: nn.Module, modules: Mapping[str, Entry | Sequence[Entry]]) ->
     The dict is filled when a forward pass of ``model`` ends, and anew by each further pass; lists taken out of it before stay as
     they are. It holds the very tensors that the model goes on with, so ``torch.autograd.grad(score, features["rgb"])`` reaches them;
     tokens ``(B, N, C)`` stay tokens (``channel_dim=-1`` in the losses). Only calls of ``model`` itself count: not of its parts alone
-    or of what it wraps (where such a run has gradients, a warning says so once), not the passes of :func:`modreg_fast.each_alone`, and not
-    the recomputation of a checkpointed part (``use_reentrant=False``) in a backward pass.
+    or of what it wraps, not in other threads (where such a run has gradients, a warning says so once), not the passes of
+    :func:`modreg_fast.each_alone`, and not the recomputation of a checkpointed part (``use_reentrant=False``) in a backward pass.
 
     A frozen encoder (``requires_grad_(False)``, gradients enabled) is made to return a tensor of the same memory that requires a
     gradient, so that attribution works; what came out of it, which may be a tensor of yours, stays as it is.
@@ -114,9 +115,10 @@ class _Recorder:
         self.passes: list[_Pass] = []  # more than one where the model calls itself
         self.inside = [False] * len(sources)  # whether the latest run with gradients was in a pass
         self.warned = False
+        self.thread = get_ident()  # others may run the model meanwhile
 
     def start(self, _: object) -> None:
-        if _recomputing() or _paused:
+        if self._rests():
             return
         depth = _depth()
         while self.passes and self.passes[-1].depth >= depth:  # it never came to its end
@@ -128,13 +130,14 @@ class _Recorder:
 
     def record(self, i: int, output: object) -> object:
         """What takes the place of the output; None for itself."""
-        if _paused:
+        if get_ident() in _paused:
             return None
         source, with_gradients, recomputing = self.sources[i], torch.is_grad_enabled(), _recomputing()
         if not recomputing:
-            if with_gradients:
+            here = get_ident() == self.thread
+            if with_gradients and here:
                 self.inside[i] = bool(self.passes)
-            if not self.passes:
+            if not self.passes or not here:
                 self._outside(source)
                 return None
         elif not self.inside[i]:  # a recomputation has to do as the run that it repeats
@@ -159,7 +162,7 @@ class _Recorder:
         return output if grown else None
 
     def finish(self, _: object) -> None:
-        if _recomputing() or _paused:
+        if self._rests():
             return
         features: dict[str, list[Tensor]] = {modality: [] for modality in self.features}
         for source, runs, before in zip(self.sources, self.runs, self.passes[-1].before, strict=True):
@@ -176,31 +179,36 @@ class _Recorder:
 
     def end(self, _: object) -> None:
         """Also of a pass that fails."""
-        if not _recomputing() and not _paused and self.passes:
+        if not self._rests() and self.passes:
             self.passes.pop()
+
+    def _rests(self) -> bool:
+        """Whether a pass of the model is none that counts."""
+        return _recomputing() or get_ident() != self.thread or get_ident() in _paused
 
     def _outside(self, source: _Source) -> None:
         if torch.is_grad_enabled() and _trained(source.module) and not self.warned:
             self.warned = True
             warnings.warn(
                 f"capture: module {source.name!r} ran outside of a forward pass of the captured model. Only calls of that model itself, "
-                "model(...), are recorded: the features stay those of its latest pass",
+                "model(...), in the thread that entered capture, are recorded: the features stay those of its latest pass",
                 stacklevel=2,
             )
 
 
 _numbers: set[int] = set()  # of the hooks in place
-_paused: list[None] = []  # one for each block of unrecorded()
+_paused: list[int] = []  # the thread of each block of unrecorded()
 
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """What runs here is recorded nowhere: the features stay those of the pass before."""
-    _paused.append(None)
+    """What this thread runs here is recorded nowhere: the features stay those of the pass before."""
+    thread = get_ident()
+    _paused.append(thread)
     try:
         yield
     finally:
-        _paused.pop()
+        _paused.remove(thread)
 
 
 def _remove(module: nn.Module, handle: Any) -> None:

@@ -167,6 +167,21 @@ def test_averages_stay_in_float32_when_the_model_is_cast(cast):
     assert other.weight == expected["weight"].weight
 
 
+def test_averages_are_not_of_a_small_default_dtype():
+    """As where a large model is made under ``torch.set_default_dtype(torch.float16)``, and goes on from a checkpoint."""
+    adaptive = mrf.AdaptiveWeight(0.5)
+    z, task, penalty = losses()
+    adaptive(1e8 * task, 1e8 * penalty, [z])
+    torch.set_default_dtype(torch.float16)
+    try:
+        other = mrf.AdaptiveWeight(0.5)
+        assert all(buffer.dtype == torch.float32 for buffer in (*other.buffers(), *quality().buffers()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other.load_state_dict(adaptive.state_dict())
+    assert other.weight == adaptive.weight > 0
+
+
 def test_averages_move_with_the_model():
     model = nn.ModuleDict({"weight": mrf.AdaptiveWeight(0.5)})
     assert all(buffer.device.type == "meta" for buffer in model.half().to("meta").buffers())

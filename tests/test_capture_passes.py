@@ -1,10 +1,13 @@
 """capture acts on its own modules in passes of its own model alone: copies, parts, what wraps it, nested passes, tensors of the user."""
 
+import contextlib
 import copy
 import io
 import pickle
+import threading
 import weakref
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -162,6 +165,50 @@ def test_runs_outside_of_a_pass_are_told_once():
                 model.forward(x)  # past __call__, as model.encode_image(x) is
         assert len(told) == 1 and len(features["rgb"]) == 2
         torch.autograd.grad(scores.sum(), features["rgb"])
+
+
+def test_each_alone_in_another_thread_hides_no_pass():
+    model, x = model_of(), inputs()
+    entered, done = threading.Event(), threading.Event()
+
+    def head(f):
+        entered.set()
+        done.wait(10)
+        return f["a"] + f["b"]
+
+    with mrf.capture(model, SPEC) as features, ThreadPoolExecutor(1) as pool:
+        model(x)
+        before = features["rgb"]
+        other = pool.submit(mrf.each_alone, head, {m: torch.randn(2, 3) for m in "ab"})
+        entered.wait(10)
+        scores = model(x)
+        done.set()
+        other.result(10)
+        assert features["rgb"][0] is not before[0]
+        torch.autograd.grad(scores.sum(), features["rgb"])
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_passes_in_another_thread_are_not_recorded(with_gradients):
+    """Such as of a server that evaluates while the model trains; also where it comes in the middle of a pass."""
+    model, x = model_of(), inputs()
+
+    def evaluate():
+        with torch.set_grad_enabled(with_gradients):
+            model(x)
+
+    def meanwhile(*_):
+        if threading.current_thread() is threading.main_thread():
+            pool.submit(evaluate).result(10)
+
+    told = pytest.warns(UserWarning, match="in the thread that entered") if with_gradients else contextlib.nullcontext()
+    with mrf.capture(model, SPEC) as features, ThreadPoolExecutor(1) as pool, told:
+        model.encoders["rgb"][0].register_forward_hook(meanwhile)
+        scores = model(x)
+        recorded = {m: list(row) for m, row in features.items()}
+        pool.submit(evaluate).result(10)
+    assert features == recorded and {len(row) for row in features.values()} == {2}
+    torch.autograd.grad(scores.sum(), [*features["rgb"], *features["depth"]])
 
 
 def test_nothing_piles_up():

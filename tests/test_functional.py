@@ -70,6 +70,27 @@ def test_entropy_nan_shows():
     assert result.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_computed_in_32(dtype):
+    """One large sample among many has terms above 65504, shares have sums above it, and 1e-8 is 0 in float16."""
+    f = torch.cat([torch.full((1,), 6e4), torch.full((999,), 0.1)]).to(dtype)
+    assert functional_entropy(f, 0).item() == pytest.approx(oracle.entropy(helpers.wide(f)), rel=1e-5)
+
+    attribution = torch.tensor([[5e4, 1e-3], [2e4, 3e-3]], dtype=dtype)
+    a = helpers.wide(attribution)
+    helpers.assert_close(modality_share(attribution), a / a.sum(0), 1e-6)
+
+    information = torch.rand(2, 3, 70_000).to(dtype)
+    information[0, 0] = 0
+    for objective in ("inverse", "norm", "log"):
+        for valid in (None, torch.ones(70_000, dtype=torch.bool)):
+            x = information.clone().requires_grad_()
+            penalty = balance_penalty(x, objective=objective, valid=valid)
+            assert penalty.item() == pytest.approx(oracle.penalty(helpers.wide(information), objective), rel=1e-5)
+            penalty.backward()
+            assert x.grad.dtype == dtype and x.grad[1].isfinite().all()
+
+
 # ---- modality_share ----
 
 

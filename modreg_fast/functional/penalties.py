@@ -18,6 +18,11 @@ OBJECTIVES = get_args(Objective)
 _NATIVE = backends()["cpu"].available
 
 
+def _precise(x: Tensor) -> Tensor:
+    """In 16 bits sums would be infinite, and ``eps`` 0."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
     r"""Functional entropy :math:`\operatorname{Ent}(f) = E[f \log f] - E[f] \log E[f] \ge 0` of samples of a non-negative function.
 
@@ -29,7 +34,7 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
         dim: the dimension or dimensions that hold the samples.
 
     Returns:
-        ``f`` without ``dim``. 0 where ``f`` is 0 throughout.
+        ``f`` without ``dim``, in float32 at least. 0 where ``f`` is 0 throughout.
 
     Raises:
         TypeError: not a floating-point tensor.
@@ -38,7 +43,7 @@ def functional_entropy(f: Tensor, dim: int | Sequence[int]) -> Tensor:
         >>> functional_entropy(torch.ones(5), dim=0)
         tensor(0.)
     """
-    validate.tensor(f, "functional_entropy", "f")
+    f = _precise(validate.tensor(f, "functional_entropy", "f"))
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, Sequence) or not all(isinstance(d, int) and -f.dim() <= d < f.dim() for d in dims):
         validate.fail("functional_entropy", "dim", f"one or more of the dimensions of f {validate.shape(f)}", repr(dim))
@@ -55,7 +60,7 @@ def modality_share(attribution: Tensor) -> Tensor:
         attribution: ``(M, B)``, at least 0.
 
     Returns:
-        ``(M, B)``; sums to 1 over the modalities, 0 throughout (with zero gradient) where nothing was attributed.
+        ``(M, B)`` in float32 at least; sums to 1 over the modalities, 0 throughout (with zero gradient) where nothing was attributed.
 
     Raises:
         TypeError: not a floating-point tensor.
@@ -64,7 +69,7 @@ def modality_share(attribution: Tensor) -> Tensor:
         >>> modality_share(torch.tensor([[3.0], [1.0]])).flatten()
         tensor([0.7500, 0.2500])
     """
-    validate.tensor(attribution, "modality_share", "attribution")
+    attribution = _precise(validate.tensor(attribution, "modality_share", "attribution"))
     total = attribution.sum(0, keepdim=True)
     return attribution / torch.where(total == 0, 1, total)
 
@@ -99,7 +104,7 @@ def balance_penalty(
             without any is left out of the sum.
 
     Returns:
-        A scalar; 0 where nothing counts.
+        A scalar, in float32 at least; 0 where nothing counts.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message says which and why.
@@ -108,7 +113,7 @@ def balance_penalty(
         >>> round(balance_penalty(torch.tensor([[0.5], [0.25]])).item(), 3)  # two modalities, one sample: 1 / 0.5 + 1 / 0.25
         6.0
     """
-    validate.tensor(information, "balance_penalty", "information")
+    information = _precise(validate.tensor(information, "balance_penalty", "information"))
     if information.dim() not in (2, 3):
         validate.fail("balance_penalty", "information", "of shape (M, S, B) or (M, B)", validate.shape(information))
     if valid is not None:
