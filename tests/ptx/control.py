@@ -91,7 +91,7 @@ def call(machine, instruction, pc):
 
     def handler(lanes):
         for actual, formal in zip(inputs, function.parameters, strict=True):
-            _copy(machine.local, lanes, actual, formal)
+            _copy(machine, lanes, actual, formal)
         machine.returns.setdefault(name, np.zeros(machine.lanes, np.int64))[lanes] = pc
         machine.arrive(machine.program.start[name], lanes)
         return NOBODY
@@ -105,17 +105,16 @@ def _return(machine, function, lanes):
     for pc in np.unique(origin):
         some = lanes[origin == pc]
         for formal, actual in zip(function.results, machine.outputs[int(pc)], strict=True):
-            _copy(machine.local, some, formal, actual)
+            _copy(machine, some, formal, actual)
         machine.arrive(int(pc) + 1, some)
     return NOBODY
 
 
-def _copy(local, lanes, source, destination):
-    for array in (local.data, local.flags):
-        rows = array.reshape(-1, local.stride)
-        rows[lanes, destination.offset : destination.offset + source.size] = rows[
-            lanes, source.offset : source.offset + source.size
-        ]
+def _copy(machine, lanes, source, destination):
+    start, end = (machine.program.offset[variable] for variable in (source, destination))
+    for array in (machine.local.data, machine.local.flags):
+        rows = array.reshape(-1, machine.local.stride)
+        rows[lanes, end : end + source.size] = rows[lanes, start : start + source.size]
 
 
 def _call_of_the_runtime(machine, name: str, inputs):
@@ -123,7 +122,7 @@ def _call_of_the_runtime(machine, name: str, inputs):
 
     def handler(lanes):
         first = int(lanes[0])
-        at = machine.local.stride * first + inputs[0].offset if inputs else 0
+        at = machine.local.stride * first + machine.program.offset[inputs[0]] if inputs else 0
         text = _string(machine, int(machine.local.data[at : at + 8].view(np.uint64)[0])) if inputs else ""
         what = {"vprintf": "printf", "__assertfail": "a failed assert"}.get(name, f"a call of {name}")
         raise Trapped(f"{what}: {text!r}", first)

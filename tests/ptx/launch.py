@@ -16,6 +16,11 @@ from .requests import Requests
 parse_once = lru_cache(maxsize=32)(parse)
 
 
+@lru_cache(maxsize=32)
+def _machine(ptx_text: str, entry: str) -> Machine:
+    return Machine(Program(parse_once(ptx_text), ptx_text, entry))
+
+
 @dataclass(frozen=True)
 class Report:
     """What a launch moved between registers and global memory."""
@@ -67,10 +72,10 @@ def run(
     required = (*(function.threads or block), 1, 1)[:3]
     if required != block:
         raise ValueError(f"run: block {block}, but the kernel was compiled for {required}")
-    program = Program(module, ptx_text, function, shared_bytes)
-    machine = Machine(program, grid, block, _parameters(function.parameters, args), memory, replicated)
+    machine = _machine(ptx_text, entry)
+    program = machine.program
     with np.errstate(all="ignore"):
-        machine.run(max_steps)
+        machine.run(grid, block, _parameters(program, args), memory, shared_bytes, max_steps, replicated)
     executions: dict[int, int] = {}
     for instruction, count in zip(program.code, machine.executions.tolist(), strict=True):
         executions[instruction.line] = executions.get(instruction.line, 0) + count
@@ -84,16 +89,14 @@ def _three(sizes, name: str) -> tuple[int, int, int]:
     return (*sizes, 1, 1)[:3]
 
 
-def _parameters(variables: list[Variable], args) -> Store:
+def _parameters(program: Program, args) -> Store:
+    variables = program.entry.parameters
     if len(args) != len(variables):
         raise ValueError(f"run: {len(variables)} arguments expected, got {len(args)}")
-    end = 0
-    for variable in variables:
-        variable.offset = -(-end // variable.align) * variable.align
-        end = variable.offset + variable.size
-    store = Store("parameters", end, initialized=True)
+    store = Store("parameters", program.parameter_size, initialized=True)
     for variable, value in zip(variables, args, strict=True):
-        store.data[variable.offset : variable.offset + variable.size] = np.frombuffer(_bytes(variable, value), np.uint8)
+        offset = program.offset[variable]
+        store.data[offset : offset + variable.size] = np.frombuffer(_bytes(variable, value), np.uint8)
     return store
 
 

@@ -25,25 +25,14 @@ def joined(groups: list[np.ndarray]) -> np.ndarray:
 
 
 class Machine:
-    def __init__(
-        self, program: Program, grid: tuple[int, ...], block: tuple[int, ...], parameters: Store, memory: Memory, replicated: bool
-    ):
-        self.program, self.code, self.memory, self.parameters, self.replicated = (
-            program,
-            program.code,
-            memory,
-            parameters,
-            replicated,
-        )
-        self.grid, self.block_shape = grid, block
-        self.threads = int(np.prod(block))
-        self.atomics = 0
-        self.requests: dict[tuple[int, str], requests.Requests] = {}  # by line and space
-        self.executions = np.zeros(len(self.code), np.int64)  # of each instruction, over all threads
+    """Of one program, for any number of launches: what its instructions do is worked out once, when they are first executed."""
+
+    def __init__(self, program: Program):
+        self.program, self.code = program, program.code
         self.special: dict[str, np.ndarray] = {}
         self.outputs: dict[int, list[Variable]] = {}  # of the call at a program counter
         self.reductions: dict = {}  # of the barrier at a program counter
-        self.handlers: list = [None] * len(self.code)  # bound when first executed
+        self.handlers: list = [None] * len(self.code)
 
     # ---- operands ----
 
@@ -60,7 +49,9 @@ class Machine:
                 raise ValueError(f"the special register {operand.name} is not there")
             return lambda index: (v := values[operand.name])[index if v.size > 1 else slice(None)].astype(type_.dtype)
         if isinstance(operand, Symbol):
-            operand = Immediate(self.address_of(operand.variable) + operand.offset)
+            if operand.variable.space in ("global", "const"):
+                return lambda index: np.array([self._address_of_global(operand.variable) + operand.offset]).astype(type_.dtype)
+            operand = Immediate(self.program.offset[operand.variable] + operand.offset)
         if not isinstance(operand, Immediate):
             raise ValueError(f"cannot read {operand}")
         bits = operand.value & ((1 << type_.bits) - 1 if type_.size else 1)
@@ -117,10 +108,8 @@ class Machine:
         write = self.raw_writer(operand, type_)
         return lambda lanes, values: write(self.exactly(lanes), values)
 
-    def address_of(self, variable: Variable) -> int:
-        if variable.space in ("global", "const"):
-            return self.memory.variable(self.program.key, variable.name, variable.data, variable.space == "const").address
-        return variable.offset
+    def _address_of_global(self, variable: Variable) -> int:
+        return self.memory.variable(self.program.key, variable.name, variable.data, variable.space == "const").address
 
     def address(self, operand: Address, space: str | None):
         """A function from lanes to addresses, and the space they are in."""
@@ -144,7 +133,22 @@ class Machine:
 
     # ---- execution ----
 
-    def run(self, max_steps: int) -> None:
+    def run(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        parameters: Store,
+        memory: Memory,
+        shared_bytes: int,
+        max_steps: int,
+        replicated: bool,
+    ) -> None:
+        self.grid, self.block_shape, self.parameters, self.memory, self.replicated = grid, block, parameters, memory, replicated
+        self.shared_size = self.program.shared_size + self.program.dynamic_shared * shared_bytes
+        self.threads = int(np.prod(block))
+        self.atomics = 0
+        self.requests: dict[tuple[int, str], requests.Requests] = {}  # by line and space
+        self.executions = np.zeros(len(self.code), np.int64)  # of each instruction, over all threads
         blocks = int(np.prod(self.grid))
         per_chunk = max(1, LANES_PER_CHUNK // self.threads)
         self.steps, self.max_steps = 0, max_steps
@@ -154,6 +158,7 @@ class Machine:
             while self.ready or control.release_barriers(self):
                 self._advance()
         self.memory.end_launch()
+        self.registers = []  # the machine stays, what they held need not
 
     def _begin_chunk(self, first: int, blocks: int) -> None:
         self.lanes = blocks * self.threads
@@ -169,7 +174,7 @@ class Machine:
         self.registers: list[np.ndarray | None] = [None] * self.program.registers
         self.carry = np.zeros(self.lanes, np.bool_)
         self.local = Store("local memory", self.program.local_size, self.lanes)
-        self.shared = SharedStore(blocks, self.program.shared_size, self.program.shared_granule, self.warp, self.replicated)
+        self.shared = SharedStore(blocks, self.shared_size, self.program.shared_granule, self.warp, self.replicated)
         self.memory.begin_chunk(first * self.threads + lanes, self.warp)
         self.exited = np.zeros(self.lanes, np.bool_)
         self.live = self.lanes
@@ -275,8 +280,8 @@ class Machine:
         return self._bind_operation(instruction)
 
     def _bind_operation(self, instruction):
-        operation = operation_of(instruction)
         first, *operands = instruction.operands
+        operation = operation_of(instruction.opcode, instruction.modifiers, len(operands))
         results = first.items if isinstance(first, Group) else (first,)
         if len(operands) != len(operation.sources) or len(results) > len(operation.results):
             raise ValueError(f"{len(operation.sources)} operands expected")

@@ -1,11 +1,14 @@
-"""PTX text to instructions: ``parse`` returns a ``Module`` of functions and variables.
+"""PTX text to instructions: ``parse`` returns a ``Module`` of functions and variables. What a function does is read when somebody asks for
+it: of the many kernels in a module a launch runs one.
 
 Names are looked up in the braces that hold them, as PTX scopes them: inline assembly and call sequences declare registers of their own,
 and may hide those outside. Every register becomes a number, unique within the module."""
 
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from .errors import UnknownInstruction
 from .formats import TYPES
@@ -43,7 +46,6 @@ class Variable:
     align: int
     data: bytes | None = None  # an initializer
     extern: bool = False  # dynamic shared memory
-    offset: int = 0  # within its space; set by whoever lays it out
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,14 @@ class Module:
     functions: dict[str, Function]
     variables: dict[str, Variable]
     registers: int = 0
+    unread: dict[str, Callable[[], Function]] = field(default_factory=dict)  # by the name of a function
+
+    def function(self, name: str) -> Function:
+        """With its instructions."""
+        if name in self.unread:
+            self.unread[name]()
+            del self.unread[name]
+        return self.functions[name]
 
 
 # ---- text ----
@@ -147,7 +157,9 @@ def parse(text: str) -> Module:
         elif statement.strip():
             raise UnknownInstruction(f"not a declaration that the interpreter knows: {statement.strip()[:100]!r}")
     for header, end in bodies:
-        module.functions[header["name"]] = _FunctionParser(module, header).parse(text, header.end(), end)
+        parser = _FunctionParser(module, header)
+        module.functions[header["name"]] = parser.function
+        module.unread[header["name"]] = partial(parser.parse, text, header.end(), end)
     return module
 
 

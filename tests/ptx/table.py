@@ -3,11 +3,10 @@
 Every modifier must be asked for, so that a form nobody thought of is an error and never computed as another one."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 from .formats import TYPES, Type
-from .parser import Instruction
 
 
 class Operation(NamedTuple):
@@ -70,15 +69,16 @@ def operation(*opcodes: str, floats: bool | None = None):
     return register
 
 
-def operation_of(instruction: Instruction) -> Operation:
-    """The operation of an instruction, or ValueError."""
-    types = [name for name in instruction.modifiers if name in TYPES]
-    build = OPERATIONS.get((instruction.opcode, bool(types) and TYPES[types[-1]].kind == "f"))
+@cache
+def operation_of(opcode: str, modifiers: tuple[str, ...], sources: int) -> Operation:
+    """The operation of an instruction with so many operands behind the result, or ValueError."""
+    types = [name for name in modifiers if name in TYPES]
+    build = OPERATIONS.get((opcode, bool(types) and TYPES[types[-1]].kind == "f"))
     if build is None:
         raise ValueError("no such opcode in the table")
-    modifiers = Modifiers(instruction.modifiers, len(instruction.operands) - 1)
-    found = build(modifiers)
-    modifiers.done()
+    left = Modifiers(modifiers, sources)
+    found = build(left)
+    left.done()
     return found
 
 
