@@ -29,11 +29,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton compiles into a folder of this session: whatever earlier ones left, and each kernel once for all files and workers."""
+    """Compiles into folders of this session: whatever earlier ones left, and each kernel once for all files and workers."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
-        os.environ["TRITON_CACHE_DIR"] = folder.name
+        os.environ["TRITON_CACHE_DIR"] = f"{folder.name}/triton"
+        os.environ["MODREG_FAST_TESTS_SHARED"] = folder.name  # see shared.py
 
 
 @pytest.fixture(params=BACKENDS)

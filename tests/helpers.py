@@ -1,11 +1,16 @@
 """Small tools of the tests: exact conversion to NumPy, errors in norm, tensors of every layout, several ranks."""
 
+import io
+import multiprocessing
+import pickle
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+import shared
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -108,14 +113,24 @@ def gradients(outputs: Tensor | Sequence[Tensor], inputs: Sequence, upstream) ->
     return list(torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
+def run_ranks(work: Callable[..., None], count: int, *args) -> None:
+    """``work(rank, *args)`` in processes of their own, forked from one that has imported what takes seconds and done nothing else."""
+    multiprocessing.set_forkserver_preload(["modreg_fast", "torch.distributed.fsdp", "torchmetrics"])
+    torch.multiprocessing.start_processes(work, args, count, start_method="forkserver")
+
+
 def ranks(work: Callable[..., None], count: int, *args):
     """A fixture of a module: what each rank saves. ``work(rank, store, folder, *args)`` meets the others at the file ``store`` and saves
     to ``folder/rank.pt``."""
 
+    def make() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            run_ranks(work, count, f"{folder}/store", folder, *args)
+            return pickle.dumps([Path(folder, f"{rank}.pt").read_bytes() for rank in range(count)])
+
     @pytest.fixture(scope="module")
-    def found(tmp_path_factory):
-        folder = tmp_path_factory.mktemp("ranks")
-        mp.spawn(work, args=(str(folder / "store"), str(folder), *args), nprocs=count)
-        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    def found():
+        saved = pickle.loads(shared.once(f"ranks of {work.__module__}", make))
+        return [torch.load(io.BytesIO(content), weights_only=False) for content in saved]
 
     return found

@@ -2,10 +2,10 @@
 
 from datetime import timedelta
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from capturing import SPEC, hooks, inputs, model_of
 from torch import nn
 from torch.distributed import DeviceMesh
@@ -139,7 +139,7 @@ def work(rank, ranks, folder):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_wrappers_over_ranks(ranks, tmp_path):
     """DDP, and FSDP2 with a plain head, both with checkpointed encoders: the gradients of one process."""
-    mp.spawn(work, args=(ranks, str(tmp_path)), nprocs=ranks)
+    helpers.run_ranks(work, ranks, ranks, str(tmp_path))
     expected = step(model_of(), 0, 1)
     for rank in range(ranks):
         for found in torch.load(tmp_path / f"{ranks}-{rank}.pt"):

@@ -5,10 +5,10 @@ import runpy
 from datetime import timedelta
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -167,7 +167,7 @@ def distributed_guide(rank, folder):
 
 
 def test_guide_to_distributed_runs(tmp_path):
-    mp.spawn(distributed_guide, args=(str(tmp_path),), nprocs=2)
+    helpers.run_ranks(distributed_guide, 2, str(tmp_path))
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [(4, (1, 2))] * 2
 
 

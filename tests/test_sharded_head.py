@@ -3,10 +3,10 @@ fails over a freed storage, or loses a gradient in silence. The feature term, an
 
 from datetime import timedelta
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import DeviceMesh
@@ -54,9 +54,9 @@ def penalty(kind, scores, features):
 KINDS = ("attribution", "pixel", "sample", "features")
 
 
-def work(rank, folder):
+def work(rank, store, folder):
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
+    store = dist.FileStore(store, RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     found = {}
@@ -75,11 +75,7 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(work, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+ranks = helpers.ranks(work, RANKS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,6 @@
 tensors, by the PTX interpreter of the tests."""
 
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def prepare(backend: str) -> None:
 def _install() -> None:
     if ptx.NVCC is None or cuda_calls.COMPILER is None:
         raise RuntimeError("a dry run of the CUDA kernels needs nvcc and a C++ compiler")
-    _compile_once(Path(os.environ["MODREG_FAST_DRY_RUN"]))
+    os.environ.setdefault("MODREG_FAST_TESTS_SHARED", os.environ["MODREG_FAST_DRY_RUN"])  # nvcc takes a minute, once per run
     for function in (
         softmax_fisher_forward,
         softmax_fisher_backward,
@@ -47,17 +46,6 @@ def _install() -> None:
     backends = sys.modules["modreg_fast.backends"]  # the package's attribute of that name is a function
     backends._STATUS["cuda"] = BackendStatus(True, "PTX for sm_90 interpreted on the CPU: for tests, slow")
     backends._REGISTRY["cuda"] = backends._REGISTRY["cuda"]._replace(devices=("cuda", "cpu"))
-
-
-def _compile_once(folder: Path) -> None:
-    """nvcc and the parser take a minute: the processes of a run share what they make."""
-    file = folder / "kernels.pickle"
-    if not file.exists():
-        texts = {stem: cuda_calls.kernels(stem) for stem in cuda_calls.SOURCES}
-        file.write_bytes(pickle.dumps((texts, {text: ptx.launch.parse_once(text) for text in texts.values()})))
-    texts, modules = pickle.loads(file.read_bytes())
-    cuda_calls.kernels = lambda stem, arch: texts[stem]
-    ptx.launch.parse_once = modules.__getitem__
 
 
 def softmax_fisher_forward(features, masks, present, sigma, samples, seed, eps, information, counts):

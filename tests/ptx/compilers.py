@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import shared
+
 from .launch import Report, parse_once, run
 from .memory import Memory
 
@@ -20,14 +22,18 @@ NVCC = shutil.which("nvcc")
 @functools.cache
 def cuda_to_ptx(source: str, arch: str, *options: str) -> str:
     """What nvcc makes of CUDA C++ for an architecture such as ``sm_90``. Tests skip where ``NVCC`` is None."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernels.cu")
-        file.write_text(source)
-        command = [NVCC, "-ptx", f"-arch={arch}", *options, "-o", f"{folder}/kernels.ptx", file]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc failed:\n{done.stderr}")
-        return Path(folder, "kernels.ptx").read_text()
+
+    def make() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "kernels.cu")
+            file.write_text(source)
+            command = [NVCC, "-ptx", f"-arch={arch}", *options, "-o", f"{folder}/kernels.ptx", file]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"nvcc failed:\n{done.stderr}")
+            return Path(folder, "kernels.ptx").read_bytes()
+
+    return shared.once(repr((source, arch, options)), make).decode()
 
 
 @dataclass(frozen=True)
