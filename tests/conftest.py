@@ -1,5 +1,6 @@
 """One fixture for all numeric tests: every backend that is usable here; under Triton's interpreter that one alone."""
 
+import gc
 import os
 import tempfile
 import warnings
@@ -35,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["TRITON_CACHE_DIR"] = f"{folder.name}/triton"
         os.environ["MODREG_FAST_TESTS_SHARED"] = folder.name  # see shared.py
+
+
+def pytest_collection_finish() -> None:
+    """The objects of the imported modules stay; every collection of garbage would look at them again."""
+    gc.freeze()
 
 
 @pytest.fixture(params=BACKENDS)
