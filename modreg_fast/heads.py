@@ -245,10 +245,13 @@ class ModalityHeads(nn.Module):
         return torch.where(complete.view(-1, *[1] * (own.dim() - 1)), self.joint(features), own)
 
     def _mean(self, logits: list[Tensor], held: Tensor) -> Tensor:
-        """Logarithm of the mean probability over the modalities that a sample has; ``held`` ``(B, M)``."""
-        log_p = torch.stack([x.log_softmax(self.channel_dim) for x in logits], 1)
+        """Logarithm of the mean probability over the modalities that a sample has, in the dtype of the logits; ``held`` ``(B, M)``."""
+        logits = validate.promoted(logits)
+        precise = torch.promote_types(logits[0].dtype, torch.float32)
+        log_p = torch.stack([x.log_softmax(self.channel_dim, precise) for x in logits], 1)
         held = held.view(*held.shape, *[1] * (log_p.dim() - 2))
-        return torch.where(held, log_p, -torch.inf).logsumexp(1) - held.sum(1).log()
+        mean = torch.where(held, log_p, -torch.inf).logsumexp(1) - held.sum(1).to(precise).log()
+        return mean.to(logits[0].dtype)
 
 
 def _held(features: Features, samples: Tensor) -> Features:

@@ -166,6 +166,28 @@ def test_information_of_a_dense_loss_about_tokens():
     assert result.information["depth"][0].mean == pytest.approx(expected.mean().item(), rel=1e-6)
 
 
+def test_information_of_a_mean_in_float16():
+    """Whose gradient, of 65536 pixels, float16 does not have."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rgb, self.depth = nn.Identity(), nn.Identity()
+
+        def forward(self, x):
+            logit = (self.rgb(x["rgb"]) + self.depth(x["depth"])).sum(1).float()[:, None, None, None] * x["gain"]
+            return torch.cat([logit, -logit], 1)
+
+    gain = 1e-4 * torch.rand(2, 1, 256, 256)
+    x = {"rgb": torch.randn(2, 3).half(), "depth": torch.randn(2, 3).half(), "gain": gain}
+    y = torch.randint(2, (2, 256, 256))
+    result = audit(Pooled(), [(x, y)], {m: m for m in SPEC})
+    z = 2 * (x["rgb"] + x["depth"]).double().sum(1)[:, None, None] * gain[:, 0].double() * (1 - 2 * y)
+    mean = torch.nn.functional.softplus(-z).mean((1, 2))
+    g = (-2 * gain[:, 0].double() * (1 - 2 * y) * torch.sigmoid(-z)).mean((1, 2))
+    assert result.information["rgb"][0].mean == pytest.approx((3 * g.square() / mean).mean().item(), rel=0.02, abs=0)
+
+
 def test_leaves_everything_as_it_was():
     model, data = Images(), images()
     model.norm.eval()

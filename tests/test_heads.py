@@ -4,6 +4,7 @@ import copy
 import threading
 
 import helpers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,6 +263,31 @@ def test_modalities_left_out_in_evaluation():
     helpers.assert_close(alone.softmax(1), helpers.wide(model.heads["depth"](f["depth"]).softmax(1)), 1e-6)
     with pytest.raises(ValueError, match=r"ModalityHeads: features must be of the modalities 'rgb', 'depth', got \['depth'\]"):
         model.train()({"depth": f["depth"]})
+
+
+class First(nn.Module):
+    def forward(self, f):
+        return next(iter(f.values()))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+def test_evaluation_in_every_dtype(dtype, tolerance, default):
+    """That of the logits, as of the joint head, and the number of modalities as exact, whatever the default dtype is."""
+    heads = mrf.ModalityHeads(First(), {m: nn.Identity() for m in "abc"}).eval()
+    logits = {m: torch.randn(4, 5, 3).to(dtype) for m in "abc"}
+    p = [np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (logits[m].double().numpy() for m in "ab")]
+    expected = np.log((p[0] + p[1]) / 2)
+    two = {m: logits[m] for m in "ab"}
+    present = torch.tensor([[True, True, False]]).expand(4, 3)
+    torch.set_default_dtype(default)
+    try:
+        found = [heads(two), heads(two, present=present)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x in found:
+        assert x.dtype == dtype
+        helpers.assert_close(x, expected, tolerance)
 
 
 def test_heads_made_by_a_function():

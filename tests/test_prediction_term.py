@@ -218,3 +218,23 @@ def test_means_of_16_bit_maps_keep_their_digits(backend, dtype, granularity, siz
     loss = mrf.FunctionalEntropyLoss(prediction_weight=1.0, backend=backend)
     _, details = loss.prediction_term(values, {"a": z}, mask=mask, granularity=granularity, return_details=True)
     assert details.information["a"].item() == pytest.approx(information.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_a_mean_in_16_bits(backend, dtype, masked):
+    """Good predictions on many pixels: the gradient of the mean loss is about 1e-9, which float16 does not have."""
+    labels = torch.randint(4, (1, 512, 512))
+    z = {m: (8 * F.one_hot(labels, 4).movedim(-1, 1) + torch.randn(1, 4, 512, 512)).to(dtype).requires_grad_() for m in "ab"}
+    values = F.cross_entropy((z["a"].float() + z["b"].float()) / 2, labels, reduction="none")
+    mask = torch.rand(1, 512, 512) < 0.6 if masked else torch.ones(1, 512, 512, dtype=torch.bool)
+    mean = (z["a"] + z["b"]).detach().double() / 2
+    p, keep = mean.softmax(1), mask.double() / mask.sum()
+    f = -(mean.log_softmax(1).gather(1, labels[:, None])[:, 0] * keep).sum()
+    g = (p - F.one_hot(labels, 4).movedim(-1, 1)) / 2 * keep[:, None]
+    loss = mrf.FunctionalEntropyLoss(prediction_weight=1.0, objective="log", backend=backend)
+    options = {"mask": mask} if masked else {}
+    penalty, details = loss.prediction_term(values, z, granularity="sample", return_details=True, **options)
+    for m in "ab":
+        assert details.information[m].item() == pytest.approx((g.square().sum() / (f + EPS)).item(), rel=1e-2, abs=0)
+    assert torch.autograd.grad(penalty, z["a"])[0].isfinite().all()

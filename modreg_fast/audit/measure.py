@@ -357,13 +357,15 @@ def _information(values: Tensor, features: Features, mask: Tensor, channel_dim: 
     rows = []
     for g in _gradients(values, features):
         size = spatial_shape(g, channel_dim)
-        if len(size) == values.dim() - 1:
+        whole = len(size) != values.dim() - 1
+        if whole:  # of the mean loss, whose gradient is g / count, too small for float16
+            g, f, valid, dim = g.flatten(1), values.reshape(len(values), -1).sum(1) / count, count > 0, 1
+        else:
             f, valid, dim = pooled(values, mask, size), resize_mask(mask, size) if size else mask, channel_dim
-        else:  # of the mean loss
-            g, f, valid, dim = g.flatten(1) / count[:, None], values.reshape(len(values), -1).sum(1) / count, count > 0, 1
         fisher = gradient_statistics([g], values=[f], mask=valid, channel_dim=dim).fisher
         assert fisher is not None
-        rows.append(torch.where(valid_pixels(valid) > 0, _finite(fisher[0], "the loss"), torch.nan))
+        found = _finite(fisher[0], "the loss") / (count.square() if whole else 1)
+        rows.append(torch.where(valid_pixels(valid) > 0, found, torch.nan))
     return _by_modality(torch.stack(rows), features)
 
 

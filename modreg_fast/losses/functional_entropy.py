@@ -258,16 +258,17 @@ class FunctionalEntropyLoss(Grouped):
         """Information ``(K, B)`` and number of valid pixels ``(B,)``."""
         masked = values if mask is None else torch.where(mask, values, 0)
         count = sum_over_ranks(all_pixels(values, values.shape[1:]) if mask is None else valid_pixels(mask), self.spatial_group)
-        part = masked.reshape(len(values), math.prod(values.shape[1:])).sum(1) / count.clamp(min=1)
+        total, n = masked.reshape(len(values), math.prod(values.shape[1:])).sum(1), count.clamp(min=1).to(values.dtype)
+        # |d mean|^2 = |d (total / sqrt(n))|^2 / n: in float16 the gradient of a mean over many pixels is 0, that of a sum may be infinite.
         fisher = gradient_statistics(
-            [g.flatten(1) for g in gradients(part.sum(), tensors, name)],
-            values=[sum_over_ranks(part, self.spatial_group)] * len(tensors),
+            [g.flatten(1) for g in gradients((total / n.sqrt()).sum(), tensors, name)],
+            values=[sum_over_ranks(total / n, self.spatial_group)] * len(tensors),
             mask=None if mask is None else count > 0,
             eps=self.eps,
             backend=self.backend,
         ).fisher
         assert fisher is not None
-        return sum_over_ranks(fisher, self.spatial_group), count
+        return sum_over_ranks(fisher / n, self.spatial_group), count
 
     def _penalty(
         self,
