@@ -83,12 +83,13 @@ def batches(
     if not isinstance(data, Iterable):
         validate.fail(function, "data", "an iterable of pairs (inputs, target)", type(data).__name__, TypeError)
     if progress:
-        with extra(f"{function}(progress=True)"):
+        with contextlib.suppress(ModuleNotFoundError):  # no bar without rich
             from rich.console import Console
             from rich.progress import track
-        console = Console(stderr=True)
-        total = length_hint(data) or None
-        shown = track(data, function, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+            console = Console(stderr=True)
+            total = length_hint(data) or None
+            shown = track(data, function, total=total, console=console, transient=True, disable=not console.is_terminal)
     device = None if parameter is None else parameter.device
     order: dict[str, None] = {}  # of all keys, as they first came
     seen: set[str] = set()

@@ -139,7 +139,7 @@ def evaluate_missing(
         higher_is_better: for the worst subset and for what is lost; default that of the torchmetrics metric, else True.
         allow_absent: whether a batch may lack a modality (no key, or None), else an error. The model is then called without it in every
             subset, so that all scores are of the same samples.
-        progress: show a progress bar on stderr (needs rich).
+        progress: show a progress bar on stderr, if that is a terminal and rich is installed.
 
     Returns:
         :class:`MissingModalities`: ``scores``, ``mean`` and ``std`` over the subsets, ``worst``, ``lost``, ``table()``,
