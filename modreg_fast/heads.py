@@ -156,7 +156,8 @@ class ModalityHeads(nn.Module):
 
     In training ``heads(features)`` returns ``ModalityLogits(joint, alone)`` for ``ModalityCrossEntropy()(alone, target, joint=joint)``. In
     evaluation it returns logits: for a sample with all modalities those of the joint head, which is all that runs when every sample has
-    them; for another the logarithm of the mean probability over the heads of the modalities that it has.
+    them, or none; for another the logarithm of the mean probability over the heads of the modalities that it has (where it has none of
+    those that are given, over all of these).
     A lost modality is left out, not set to zeros, which the joint head would take for an input:
     ``evaluate_missing(model, data, metric, drop=lambda m, x: None)``.
 
@@ -228,30 +229,34 @@ class ModalityHeads(nn.Module):
             return ModalityLogits(self.joint(features), {m: head(features[m]) for m, head in self.heads.items()})
         if present is None and not missing:
             return self.joint(features)
+        held = None
         if present is not None:
             batch = _batch(features, name)
             present = validate.present(present, batch, len(self.heads), tree_flatten(features)[0][0].device, name)
-            nobody = ~present.any(1)  # the joint head speaks for such a sample
-            features = {m: _held(features[m], present[:, i] | nobody) for i, m in enumerate(self.heads) if m in features}
-        alone = {m: head(features[m]) for m, head in self.heads.items() if m in features}
-        first = next(iter(alone.values()))
-        if present is None:
-            return self._mean(list(alone.values()), first.new_ones((len(first), len(alone)), dtype=torch.bool))
-        held = present[:, [i for i, m in enumerate(self.heads) if m in features]]
-        own = self._mean(list(alone.values()), held)
-        if missing:
+            held = present[:, [i for i, m in enumerate(self.heads) if m in features]]
+            held = held | ~held.any(1, keepdim=True)  # of nothing, the heads take what stands there
+            features = {m: _held(x, held[:, i]) for i, (m, x) in enumerate(features.items())}
+        own = self._mean({m: self.heads[m](x) for m, x in features.items()}, held)
+        if missing or held is None:
             return own
-        complete = present.all(1) | nobody
-        return torch.where(complete.view(-1, *[1] * (own.dim() - 1)), self.joint(features), own)
+        joint = self.joint(features)
+        validate.same(joint, own, name, "the joint logits", "those of a modality")
+        return torch.where(held.all(1).view(-1, *[1] * (own.dim() - 1)), joint, own)
 
-    def _mean(self, logits: list[Tensor], held: Tensor) -> Tensor:
+    def _mean(self, logits: dict[str, Tensor], held: Tensor | None) -> Tensor:
         """Logarithm of the mean probability over the modalities that a sample has, in the dtype of the logits; ``held`` ``(B, M)``."""
-        logits = validate.promoted(logits)
-        precise = torch.promote_types(logits[0].dtype, torch.float32)
-        log_p = torch.stack([x.log_softmax(self.channel_dim, precise) for x in logits], 1)
+        name, first = type(self).__name__, next(iter(logits))
+        for m, x in logits.items():
+            validate.same(validate.tensor(x, name, f"the logits of {m!r}"), logits[first], name, f"the logits of {m!r}", repr(first))
+        validate.channels(logits[first], self.channel_dim, name, f"the logits of {first!r}")
+        xs = validate.promoted(list(logits.values()))
+        precise = torch.promote_types(xs[0].dtype, torch.float32)
+        log_p = torch.stack([x.log_softmax(self.channel_dim, precise) for x in xs], 1)
+        if held is None:
+            held = log_p.new_ones(log_p.shape[:2], dtype=torch.bool)
         held = held.view(*held.shape, *[1] * (log_p.dim() - 2))
         mean = torch.where(held, log_p, -torch.inf).logsumexp(1) - held.sum(1).to(precise).log()
-        return mean.to(logits[0].dtype)
+        return mean.to(xs[0].dtype)
 
 
 def _held(features: Features, samples: Tensor) -> Features:

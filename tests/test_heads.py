@@ -257,6 +257,16 @@ def test_evaluation_per_sample(names):
     helpers.assert_close(logits[2].softmax(0), helpers.wide(own["depth"][2]), 1e-5)
 
 
+def test_samples_that_have_none_of_what_is_given():
+    """As where ``evaluate_missing`` leaves out the only sensor of a sample: the others speak, on what stands there, and not NaN."""
+    model, f = heads(("rgb", "depth", "radar")).eval(), features(3, ("rgb", "depth", "radar"))
+    given = {m: f[m] for m in ("rgb", "radar")}
+    present = torch.tensor([[False, True, False], [True, True, False], [False, False, False]])
+    found, own = model(given, present=present), {m: model.heads[m](x).softmax(1) for m, x in given.items()}
+    helpers.assert_close(found[[0, 2]].softmax(1), helpers.wide((own["rgb"] + own["radar"])[[0, 2]] / 2), 1e-5)
+    helpers.assert_close(found[1].softmax(0), helpers.wide(own["rgb"][1]), 1e-5)
+
+
 def test_modalities_left_out_in_evaluation():
     model, f = heads().eval(), features()
     alone = model({"depth": f["depth"]})
@@ -399,6 +409,15 @@ def test_a_head_that_writes_into_what_it_gets(batched):
     assert [x[0, 0].item() for x in f.values()] == [0, 1, 2]
 
 
+class Pixels(nn.Module):
+    def forward(self, f):
+        return f["a"][:, :, None, None]
+
+
+def own_logits(joint=None, **options):
+    return mrf.ModalityHeads(joint or First(), {m: nn.Identity() for m in "ab"}, **options).eval()
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -427,6 +446,20 @@ def test_a_head_that_writes_into_what_it_gets(batched):
             lambda: mrf.ModalityHeads(nn.Identity(), lambda m: nn.Identity(), ["a", "a"]),
             ValueError,
             r"modalities must be different names, got \['a', 'a'\]",
+        ),
+        *(
+            (lambda dim=dim: own_logits(channel_dim=dim)({"a": torch.ones(2, 3)}), ValueError, "channel_dim must be a dimension of")
+            for dim in (0, 2)
+        ),
+        (
+            lambda: own_logits()({"a": torch.ones(2, 3), "b": torch.ones(2, 4)}, present=torch.ones(2, 2) > 0),
+            ValueError,
+            r"the logits of 'b' must be of the shape \(2, 3\) of 'a', got \(2, 4\)",
+        ),
+        (
+            lambda: own_logits(Pixels())({m: torch.ones(2, 2) for m in "ab"}, present=torch.ones(2, 2) > 0),
+            ValueError,
+            r"the joint logits must be of the shape \(2, 2\) of those of a modality, got \(2, 2, 1, 1\)",
         ),
         *(
             (lambda m=m: mrf.ModalityHeads(nn.Identity(), {m: nn.Identity()}), ValueError, f"heads must be names .* got {m!r}")
