@@ -247,7 +247,8 @@ class ModalityHeads(nn.Module):
         """Logarithm of the mean probability over the modalities that a sample has, in the dtype of the logits; ``held`` ``(B, M)``."""
         name, first = type(self).__name__, next(iter(logits))
         for m, x in logits.items():
-            validate.same(validate.tensor(x, name, f"the logits of {m!r}"), logits[first], name, f"the logits of {m!r}", repr(first))
+            said = f"the logits of {m!r}"
+            validate.same(validate.tensor(x, name, said), logits[first], name, said, repr(first))
         validate.channels(logits[first], self.channel_dim, name, f"the logits of {first!r}")
         xs = validate.promoted(list(logits.values()))
         precise = torch.promote_types(xs[0].dtype, torch.float32)

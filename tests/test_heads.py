@@ -448,7 +448,11 @@ def own_logits(joint=None, **options):
             r"modalities must be different names, got \['a', 'a'\]",
         ),
         *(
-            (lambda dim=dim: own_logits(channel_dim=dim)({"a": torch.ones(2, 3)}), ValueError, "channel_dim must be a dimension of")
+            (
+                lambda dim=dim: own_logits(channel_dim=dim)({"a": torch.ones(2, 3)}),
+                ValueError,
+                "channel_dim must be a dimension of",
+            )
             for dim in (0, 2)
         ),
         (
