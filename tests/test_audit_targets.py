@@ -88,6 +88,12 @@ def test_a_class_that_is_minus_100_modulo_256():
         (lambda y: y + 0.5, {"ignore_index": 255, "loss": own}, "got torch.float32 of shape"),
         (lambda y: y.float() / 0, {}, "a class for each position .* where loss= is not given"),
         (lambda y: F.one_hot(y % 3, 3).movedim(3, 1), {}, "a class for each position"),
+        (
+            lambda y: (F.one_hot(y % 3, 3) + F.one_hot(y % 2, 3)).movedim(3, 1).clamp(max=1).float(),
+            {},
+            "loss= .* with sums up to 2",
+        ),
+        (lambda y: -F.one_hot(y % 3, 3).movedim(3, 1).double(), {}, "probabilities over the classes, .* got numbers from -1 on"),
         (lambda y: y, {}, r"target must be a class of the scores, 0 to 2, or -100 \(ignore_index\), got 255"),
         (lambda y: y, {"ignore_index": None}, "0 to 2, got 255"),
         (lambda y: y.long() - 2, {"ignore_index": 253}, r"0 to 2, or 253 \(ignore_index\), got -2"),

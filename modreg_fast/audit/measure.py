@@ -110,8 +110,8 @@ def audit(
             same number of scales for each modality. Modalities may name the same module where each of its runs takes the input of one
             of them. Default: the inputs themselves.
         metric: as in ``evaluate_missing``; default accuracy over valid positions.
-        loss: ``(scores, target) -> (B, *spatial)``, at least 0 where valid; default the cross entropy per position, binary where the
-            scores are one logit.
+        loss: ``(scores, target) -> (B, *spatial)``, at least 0 where valid; default the cross entropy per position, of classes or of
+            probabilities over them, binary where the scores are one logit.
         target: what ``loss`` and ``metric`` get of the targets: ``lambda held: held["mask"]`` where these are dicts; default all.
         ignore_index: positions of this class are not valid. Classes are whole numbers of any dtype, ``(B, *spatial)`` or
             ``(B, 1, *spatial)``. Where a target is something else, any ``ignore_index`` but -100 is an error, and -100 too where it

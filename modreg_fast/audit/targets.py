@@ -67,6 +67,10 @@ def default_loss(scores: Tensor, target: Any, found: Tensor | None, ignore_index
     """Cross entropy per position, from classes or from probabilities like the scores; of one score, which is a logit, the binary one."""
     count = scores.shape[1]
     if found is None and isinstance(target, Tensor) and target.is_floating_point() and target.shape == scores.shape and count > 1:
+        low, high = target.min().item(), target.float().sum(1).max().item()
+        if low < 0 or high > 1.01:  # less than 1 is what one-hot classes have where none is labelled
+            expected = "probabilities over the classes, or loss= given where several of them hold at once"
+            validate.fail("audit", "target", expected, f"numbers from {low:.3g} on, with sums up to {high:.3g}")
         return F.cross_entropy(scores, target, reduction="none")
     if found is None:
         validate.fail("audit", "target", f"{_expected(scores)} where loss= is not given", _kind(target))
