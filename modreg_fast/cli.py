@@ -139,7 +139,7 @@ the share of the copy's bandwidth, peak memory and errors.""",
     compare = commands.add_parser(
         "parity",
         help="errors of a backend against float64",
-        description="""Computes both ops and their gradients on a backend and in float64, for every dtype and kind of shape, and prints the
+        description="""Computes the ops and their gradients on a backend and in float64, for every dtype and kind of shape, and prints the
 relative errors and what is allowed. Exit code 1 where one is larger.""",
         epilog=EXAMPLES["parity"],
         formatter_class=form,

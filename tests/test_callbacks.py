@@ -3,8 +3,11 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,3 +300,30 @@ def test_mmengine(kind, tmp_path):
     assert [line["step"] for line in found] == [2, 4]
     assert all(found[i].items() >= {k: pytest.approx(v) for k, v in scalars(measure.seen[i]).items()}.items() for i in range(2))
     assert len(list(tmp_path.rglob("modalities_audit_[24].png"))) == (2 if kind == "audit" else 0)
+
+
+class Named(Vectors):
+    """As a model of transformers."""
+
+    device = torch.device("cpu")
+
+    def forward(self, **x):
+        return SimpleNamespace(logits=super().forward(x))
+
+
+def test_guide(monkeypatch, tmp_path):
+    """The code of docs/guides/trainers.md, with the trainers' parts that it takes as given."""
+    for package in ("lightning", "transformers", "accelerate", "mmengine"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs/guides/trainers.md").read_text(encoding="utf-8")
+    lightning, transformers, mmengine = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names, added = {"validation": vectors(), "accuracy": accuracy}, []
+    exec(lightning, names)
+    assert names["measure"](SimpleNamespace(net=start())).share
+    names["trainer"] = SimpleNamespace(add_callback=added.append)
+    exec(transformers, names)
+    assert set(added.pop().measuring(Named()).scores) == {("rgb", "depth"), ("rgb",), ("depth",)}
+    names["runner"] = SimpleNamespace(register_hook=added.append)
+    exec(mmengine, names)
+    assert [hook.measuring.every_n_epochs for hook in added] == [5]
