@@ -252,10 +252,13 @@ class _Whole:
         self.metric = metric
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, predictions: object, target: object) -> None:
-        if not isinstance(predictions, Tensor) or not isinstance(target, Tensor):
-            got = f"{type(predictions).__name__} and {type(target).__name__}"
-            validate.fail("evaluate_missing", "predictions and target", "tensors for a metric that is a function", got, TypeError)
+    def update(self, predictions: Any, target: Any) -> None:
+        if not all(isinstance(x, Tensor) and x.dim() > 0 for x in (predictions, target)):
+            got = " and ".join(
+                "a scalar" if isinstance(x, Tensor) and x.dim() == 0 else type(x).__name__ for x in (predictions, target)
+            )
+            expected = "tensors of a batch for a metric that is a function"
+            validate.fail("evaluate_missing", "predictions and target", expected, got, TypeError)
         # Copies: a model may write its next result, a loader its next batch, into the same memory.
         self.seen.append((predictions.to("cpu", copy=True), target.to("cpu", copy=True)))
 

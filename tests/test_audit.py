@@ -1,5 +1,7 @@
 """audit measures: its numbers against NumPy, its intervals against statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,14 @@ def test_batches_do_not_matter(batch):
     assert len(a.examples) == len(b.examples) == 4
     for one, other in zip(a.examples, b.examples, strict=True):
         assert np.array_equal(one.shares, other.shares) and np.array_equal(one.inputs["rgb"], other.inputs["rgb"])
+
+
+def test_an_exported_program():
+    """Has no ``eval()``, and is audited as the model that it was made from; results with pictures can be compared."""
+    model, data = Images().eval(), images(4, 4)
+    exported = torch.export.export(model, (data[0][0],)).module()
+    a, b = audit(model, data, ignore_index=255), audit(exported, data, ignore_index=255)
+    assert a.examples and replace(b, model=a.model) == a
 
 
 def test_who_is_not_heard():

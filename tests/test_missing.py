@@ -292,7 +292,8 @@ GOOD = [(ones("ab"), torch.zeros(3))]
         ({"drop": "ones"}, ValueError, "drop must be 'zeros', 'noise' or a function, got 'ones'"),
         ({"drop": lambda m, x: 0}, TypeError, "drop must be a function that returns a tensor or None, got int"),
         ({"data": [({"a": torch.ones(2, 1).long()}, 0)], "drop": "noise"}, ValueError, r"because inputs\['a'\] is torch.int64"),
-        ({"data": [(ones("ab"), 1)]}, TypeError, "tensors for a metric that is a function, got Tensor and int"),
+        ({"data": [(ones("ab"), 1)]}, TypeError, "tensors of a batch for a metric that is a function, got Tensor and int"),
+        ({"data": [(ones("ab"), torch.tensor(1))]}, TypeError, "a metric that is a function, got Tensor and a scalar"),
     ],
 )
 def test_errors(change, error, message):

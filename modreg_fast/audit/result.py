@@ -58,7 +58,7 @@ class Audit:
     share_by_scale: dict[str, list[Estimate]]
     information: dict[str, list[Estimate]]
     missing: MissingModalities
-    examples: list[Example] = field(repr=False)
+    examples: list[Example] = field(repr=False, compare=False)
     no_maps: str = ""
     share_at_inputs: dict[str, Estimate] = field(default_factory=dict)
     measured_at: str = "inputs"
