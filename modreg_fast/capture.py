@@ -116,6 +116,7 @@ class _Recorder:
         self.inside = [False] * len(sources)  # whether the latest run with gradients was in a pass
         self.warned = False
         self.thread = get_ident()  # others may run the model meanwhile
+        self.pauses = _pauses()  # of which this capture is a part
 
     def start(self, _: object) -> None:
         if self._rests():
@@ -130,7 +131,7 @@ class _Recorder:
 
     def record(self, i: int, output: object) -> object:
         """What takes the place of the output; None for itself."""
-        if get_ident() in _paused:
+        if _pauses() > self.pauses:
             return None
         source, with_gradients, recomputing = self.sources[i], torch.is_grad_enabled(), _recomputing()
         if not recomputing:
@@ -184,7 +185,7 @@ class _Recorder:
 
     def _rests(self) -> bool:
         """Whether a pass of the model is none that counts."""
-        return _recomputing() or get_ident() != self.thread or get_ident() in _paused
+        return _recomputing() or get_ident() != self.thread or _pauses() > self.pauses
 
     def _outside(self, source: _Source) -> None:
         if torch.is_grad_enabled() and _trained(source.module) and not self.warned:
@@ -202,13 +203,18 @@ _paused: list[int] = []  # the thread of each block of unrecorded()
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """What this thread runs here is recorded nowhere: the features stay those of the pass before."""
+    """What this thread runs here is recorded by no ``capture`` around it: the features stay those of the pass before."""
     thread = get_ident()
     _paused.append(thread)
     try:
         yield
     finally:
         _paused.remove(thread)
+
+
+def _pauses() -> int:
+    """The blocks of unrecorded() that this thread is in."""
+    return _paused.count(get_ident())
 
 
 def _remove(module: nn.Module, handle: Any) -> None:

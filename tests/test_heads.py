@@ -384,6 +384,32 @@ def test_captured_features_stay_those_of_the_joint_pass():
     assert model.head[0].weight.grad.isfinite().all() and set(alone) == set(x)
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_model_that_captures_in_its_forward_pass(batched):
+    """As one that reads the features of a backbone which it cannot change; a capture around it still records nothing."""
+    encoders = nn.ModuleDict({m: nn.Linear(4, 3) for m in ("rgb", "depth")})
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.ModuleDict({"encoders": encoders})
+            self.backbone.forward = lambda x: [encoders[m](x[m]) for m in x]
+
+        def forward(self, x):
+            with mrf.capture(self.backbone, {m: f"encoders.{m}" for m in x}) as captured:
+                self.backbone(x)
+            return sum(captured[m][0] for m in x)
+
+    model, x = Reads(), {m: torch.randn(5, 4) for m in encoders}
+    with mrf.capture(model, {"rgb": "backbone.encoders.rgb"}) as around:
+        model(x)
+        before = list(around["rgb"])
+        alone = mrf.each_alone(model, x, batched=batched)
+        assert around["rgb"] == before
+    for m, other in (("rgb", "depth"), ("depth", "rgb")):
+        helpers.assert_close(alone[m], helpers.wide(encoders[m](x[m]) + encoders[other].bias), 1e-6)
+
+
 def test_batch_norm_in_another_thread_goes_on_training():
     """A head that is a function is followed by a hook of the whole process."""
     other, own = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
