@@ -1,5 +1,7 @@
 """``modreg-fast audit``: the user's model and data by name, exit codes, messages."""
 
+import importlib
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from auditing import Page
 
+import modreg_fast as mrf
 from modreg_fast import cli
 from modreg_fast.audit import Audit
 
@@ -156,13 +159,14 @@ def test_what_cannot_be_written_is_said_before_the_work(project, capsys, monkeyp
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
-def test_a_terminal_without_our_signs(project, encoding):
+def test_a_terminal_without_our_signs(project, monkeypatch, capsys, encoding):
     """All is printed, and what was given is told from what was not."""
     (project / "mine" / "check.py").write_text(MODULE.replace('"a"', '"α"').replace("self.a", "self.alpha"))
-    command = [sys.executable, "-m", "modreg_fast.cli", *GIVEN, "--html", "page.html"]
-    done = subprocess.run(command, capture_output=True, env={**ENVIRONMENT, "PYTHONIOENCODING": encoding})
-    assert done.returncode == 0 and done.stderr == b""
-    text = done.stdout.decode(encoding)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main([*GIVEN, "--html", "page.html"]) == 0 and capsys.readouterr().err == ""
+    terminal.flush()
+    text = terminal.buffer.getvalue().decode(encoding)
     empty = "·" if encoding != "ascii" else "."
     assert [line.split()[:2] for line in text.splitlines() if line.split()[:1] in (["x"], [empty])] == [
         ["x", "x"],
@@ -170,8 +174,10 @@ def test_a_terminal_without_our_signs(project, encoding):
         [empty, "x"],
     ]
     assert "\\u03b1" in text and "+-" in text.replace("±", "+-") and "α" in (project / "page.html").read_text(encoding="utf-8")
-    code = "import modreg_fast as mrf, mine.check as m; print(mrf.audit(m.build(), m.loader(), progress=False).table())"
-    assert subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONIOENCODING": encoding}).returncode == 0
+    monkeypatch.syspath_prepend(project)
+    check = importlib.import_module("mine.check")
+    print(mrf.audit(check.build(), check.loader(), progress=False).table())
+    terminal.flush()
 
 
 def test_stdout_that_takes_nothing(project):
