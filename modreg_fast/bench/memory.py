@@ -17,9 +17,14 @@ T = TypeVar("T")
 
 def allocations(call: Callable[[], T]) -> tuple[T, list[int]]:
     """The result, and the bytes allocated (positive) and released (negative), in order."""
-    gc.collect()  # or tensors of an earlier record, left in reference cycles, are released within this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = call()
+    collecting = gc.isenabled()
+    gc.disable()  # or tensors of an earlier record, left in reference cycles, are released within this one
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            result = call()
+    finally:
+        if collecting:
+            gc.enable()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
