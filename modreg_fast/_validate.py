@@ -191,8 +191,13 @@ def fraction(x: object, function: str, argument: str) -> float:
     return value
 
 
-def unbatched(x: Tensor) -> bool:
-    """Whether a look at the values of ``x`` is possible: not under ``torch.func.vmap``, at whatever depth."""
+def readable(x: Tensor) -> bool:
+    """Whether a look at the values of ``x`` is possible: not under ``torch.func.vmap``, at whatever depth, nor where ``make_fx`` traces,
+    as ``torch.func.linearize`` does."""
+    if torch.compiler.is_compiling():  # which cannot follow what comes here
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
             return False

@@ -233,7 +233,7 @@ class ModalityHeads(nn.Module):
         if present is not None:
             batch = _batch(features, name)
             present = validate.present(present, batch, len(self.heads), tree_flatten(features)[0][0].device, name)
-            held = present[:, [i for i, m in enumerate(self.heads) if m in features]]
+            held = torch.stack([present[:, i] for i, m in enumerate(self.heads) if m in features], 1)
             held = held | ~held.any(1, keepdim=True)  # of nothing, the heads take what stands there
             features = {m: _held(x, held[:, i]) for i, (m, x) in enumerate(features.items())}
         own = self._mean({m: self.heads[m](x) for m, x in features.items()}, held)

@@ -232,6 +232,37 @@ def test_dynamic_shapes(backend):
         helpers.assert_close(torch.autograd.grad(other, x, upstream), torch.autograd.grad(eager, x, upstream), 1e-6)
 
 
+class Concatenation(torch.nn.Conv2d):
+    def forward(self, features):
+        return super().forward(torch.cat([*features.values()], 1))
+
+
+def calls_elsewhere():
+    """Name -> function of two tensors (2, 5, 4, 6), on whatever device is the default."""
+    mask, present = torch.ones(2, 7, 9, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)
+    target = torch.zeros(2, 4, 6, dtype=torch.uint8)
+    balance, noisy = mrf.FunctionalEntropyLoss(objective="norm", scale_weights=[0.5]), mrf.FunctionalEntropyLoss(sigma=0.1)
+    entropy = mrf.ModalityCrossEntropy(information_weight=0.1, class_weight=torch.ones(5))
+    heads = mrf.ModalityHeads(Concatenation(10, 5, 1), {m: torch.nn.Conv2d(5, 5, 1) for m in "ab"}).eval()
+    return {
+        "feature_term": lambda a, b: balance({"a": [a], "b": [b]}, mask=mask, present=present, return_details=True)[0],
+        "noise": lambda a, b: noisy({"a": [a], "b": [b]}),
+        "statistics": lambda a, b: gradient_statistics([a], [b], [a[:, 0].abs()], mask=mask).fisher.sum(),
+        "cross_entropy": lambda a, b: entropy({"a": a, "b": b}, target, joint=a + b, present=present, return_details=True)[0],
+        "heads": lambda a, b: heads({"a": a, "b": b}, present=present).sum(),
+        "one_head": lambda a, b: heads({"a": a * b}).sum(),
+    }
+
+
+@pytest.mark.parametrize("name", ["feature_term", "noise", "statistics", "cross_entropy", "heads", "one_head"])
+def test_one_graph_on_a_device_other_than_the_cpu(name):
+    """Where targets are asserted on the device and no number comes from the host; "meta" stands for a GPU."""
+    with torch.device("meta"):
+        function, inputs = calls_elsewhere()[name], [torch.randn(2, 5, 4, 6, requires_grad=True) for _ in range(2)]
+    torch.compile(function, backend="eager", fullgraph=True)(*inputs).backward()
+    assert inputs[0].grad.shape == inputs[0].shape
+
+
 def test_use_backend_inside_and_around(backend):
     """A changed backend is seen by a function that was compiled before (the op's argument is the proof)."""
     seen = []

@@ -1,6 +1,8 @@
 """The ways to a backend give the same: eager calls go straight to it, whatever has to see an op gets the custom op; under transforms of
 ``torch.func`` and in forward-mode differentiation the reference formula computes."""
 
+import contextlib
+
 import helpers
 import pytest
 import torch
@@ -8,11 +10,11 @@ import torch.autograd.forward_ad as forward_ad
 from helpers import LAYOUTS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import modreg_fast as mrf
-from modreg_fast.functional import balance_penalty, gradient_statistics, softmax_fisher_information
+from modreg_fast.functional import balance_penalty, gradient_statistics, modality_cross_entropy, softmax_fisher_information
 
 # torch.func's own: its decompositions on their first use, and how linearize holds constants.
 pytestmark = [
@@ -43,6 +45,16 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def selective():
+    """Of checkpointing: what is ours is kept, the rest computed again."""
+
+    def policy(_context, op, *_args, **_options):
+        ours = getattr(op, "namespace", "") == "modreg_fast"
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def fisher(backend, options="plain"):
     return lambda *x: softmax_fisher_information([[y] for y in x], backend=backend, **OPTIONS[options])
 
@@ -55,11 +67,24 @@ def statistics(backend, mask=MASK):
     return function
 
 
+def cross_entropy(backend, **options):
+    def function(*x):
+        sums = modality_cross_entropy(x, torch.where(MASK, 1, 4), ignore_index=4, backend=backend, **options)
+        return torch.cat([sums.cross_entropy.flatten(), sums.joint, sums.information.flatten()])
+
+    return function
+
+
 def functions(backend):
     """Each with its arguments, in float64."""
     x = [torch.randn(SHAPE, dtype=torch.float64) for _ in range(2)]
     f = torch.rand(3, 4, 6, dtype=torch.float64) + 0.1
-    return [*((fisher(backend, options), x) for options in OPTIONS), (statistics(backend), [*x, f])]
+    entropies = cross_entropy(backend), cross_entropy(backend, present=PRESENT, label_smoothing=0.1, weight=torch.rand(5))
+    return [
+        *((fisher(backend, options), x) for options in OPTIONS),
+        (statistics(backend), [*x, f]),
+        *((function, x) for function in entropies),
+    ]
 
 
 def all_results(function, arguments, layout, dtype):
@@ -176,6 +201,19 @@ def test_the_noise_of_a_recomputation(backend, preserve):
 
 
 # ---- forward mode ----
+
+
+@pytest.mark.parametrize("seen", [contextlib.nullcontext, Seen, lambda: torch.device("cpu"), selective])
+def test_checkpointing(backend, seen):
+    """Which lets a backward pass ask for what was saved once, also where something has to see the op."""
+    for function, arguments in functions(backend):
+        leaves = [x.clone().requires_grad_() for x in arguments]
+        expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        with contextlib.nullcontext() if seen is selective else seen():
+            options = {"context_fn": selective} if seen is selective else {}
+            value = checkpoint(lambda *x, f=function: f(*x).square(), *leaves, use_reentrant=False, **options)
+            found = torch.autograd.grad(value.sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def directional(function, arguments, tangents):

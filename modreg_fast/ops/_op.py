@@ -137,7 +137,8 @@ class Op:
         ctx.save_for_backward(*(output[i] for i in self.kept), *tensors)
 
     def _gradients(self, ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        kept, tensors = ctx.saved_tensors[: len(self.kept)], ctx.saved_tensors[len(self.kept) :]
+        saved = ctx.saved_tensors  # once: checkpointing counts
+        kept, tensors = saved[: len(self.kept)], saved[len(self.kept) :]
         gradients = self.custom_backward(*upstream[: self.upstream], *kept, *restored(tensors, ctx.form))
         return gradients_of([*gradients, *[None] * (len(tensors) - len(gradients))], ctx.form)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modreg_fast._validate import unbatched
+from modreg_fast._validate import readable
 from modreg_fast.backends.layout import flat, shaped_like
 from modreg_fast.backends.reference.softmax_fisher import accumulation_dtype, keep
 
@@ -126,7 +126,7 @@ def forward(problem: Problem) -> Result:
     """In differentiable PyTorch."""
     problem = problem.flat()
     # Under vmap, too, nobody can look.
-    if problem.target.device.type == "cpu" and unbatched(problem.target) and (error := problem.out_of_range()):
+    if problem.target.device.type == "cpu" and readable(problem.target) and (error := problem.out_of_range()):
         raise error
     on, smoothing = _target(problem), problem.label_smoothing
     xs, counted, count = _masked(problem, on.valid)
