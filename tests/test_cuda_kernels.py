@@ -172,8 +172,9 @@ def test_agreeing_and_saturated_modalities(rng):
     same = [[Tensor(memory, x, "float32")] for _ in range(4)]
     assert not cuda_calls.softmax_fisher(same).information.numpy().any()  # exactly
     assert (cuda_calls.softmax_fisher(same[:3]).information.numpy() < 1e-14).all()
-    near = [[Tensor(memory, x + 1e-2 * rng.standard_normal(x.shape), "float32")] for _ in range(2)]
-    check_softmax(rng, near, tolerance=50)
+    for scale in (1.0, 30.0):
+        near = [[Tensor(memory, scale * x + 1e-2 * rng.standard_normal(x.shape), "float32")] for _ in range(2)]
+        check_softmax(rng, near, tolerance=50)
     check_softmax(rng, features_of(rng, [(1, 32, 64)], scale=40.0), tolerance=50)
 
 
@@ -246,14 +247,46 @@ def test_modalities_far_apart(rng, layout):
     check_softmax(rng, [[Tensor(memory, x, "float32", layout)] for x in values], tolerance=5)
 
 
-def test_saturated_modalities_that_agree(rng):
-    """All of p and q in one channel, the same: no information, and no gradient worth mentioning."""
-    memory, values = ptx.Memory(), rng.standard_normal((2, 1, 16, 70))
-    values[:, :, 3] += 93.7
-    features = [[Tensor(memory, x, "float32")] for x in values]
-    assert (abs(cuda_calls.softmax_fisher(features).information.numpy()) < 1e-6).all()
-    for (gradient,) in cuda_calls.softmax_fisher(features, weight=np.ones((2, 1, 1))).gradients:
-        assert abs(gradient.values()).max() < 1e-5
+@pytest.mark.parametrize(("dtype", "layout", "modalities"), [("float32", "pixels", 2), ("bfloat16", "channels", 3)])
+def test_saturated_modalities_that_agree(rng, dtype, layout, modalities):
+    """All of p and q in one channel, the same, whatever the others are: no information and no gradient, exactly."""
+    memory, values = ptx.Memory(), rng.standard_normal((modalities, 1, 16, 70))
+    values[:, :, 3] += 140
+    values[1, :, 5, 20] += 20
+    features = [[Tensor(memory, x, dtype, layout)] for x in values]
+    assert not cuda_calls.softmax_fisher(features).information.numpy().any()
+    for (gradient,) in cuda_calls.softmax_fisher(features, weight=np.ones((modalities, 1, 1))).gradients:
+        assert not gradient.values().any()
+
+
+@pytest.mark.parametrize("modalities", [2, 4])
+def test_pixels_that_need_care_beside_others(rng, modalities):
+    """Each is as near to the oracle as it is alone: p and q in one channel though e and r differ, far apart, near, in one tile."""
+    values = rng.standard_normal((modalities, 1, 24, 32))
+    values[:, :, 3, 4:8] += 12  # p and q saturate
+    values[0, :, 5, 4:8] += 9
+    values[0, 0, 3, 8:12] += 200
+    values[1, 0, 8, 8:12] += 200
+    values[:, :, :, 12:16] = values[:1, :, :, 12:16] + 1e-2 * rng.standard_normal((modalities, 1, 24, 4))
+    for pixels in (slice(None), slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 16)):
+        memory = ptx.Memory()
+        features = [[Tensor(memory, x[:, :, pixels], "float32")] for x in values]
+        check_softmax(rng, features, tolerance=50)
+
+
+def test_one_of_two_present(rng):
+    """It agrees with itself; NaN comes through."""
+    features = features_of(rng, [(2, 12, 40)])
+    present = np.array([[True, False], [False, True]])
+    assert not cuda_calls.softmax_fisher(features, present=present).information.numpy().any()
+    gradients = cuda_calls.softmax_fisher(features, present=present, weight=np.ones((2, 1, 2))).gradients
+    assert not any(row[0].values().any() for row in gradients)
+    values = features[0][0].values()
+    values[0, 3, 7] = np.nan
+    memory = ptx.Memory()
+    features = [[Tensor(memory, values, "float32")], [Tensor(memory, rng.standard_normal(values.shape), "float32")]]
+    out = cuda_calls.softmax_fisher(features, present=present).information.numpy()
+    assert np.isnan(out[0, 0, 0]) and not out[:, 0, 1].any()
 
 
 def test_nothing_present(rng):
@@ -383,6 +416,18 @@ def test_every_byte_moves_once(rng, dtype, layout):
         check_conflicts(report)
     results = forward.report.loads.bytes - sum(x.bytes for x in inputs)  # of all blocks, read by the last ones
     assert results < 0.02 * sum(x.bytes for x in inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels", [25, 50])
+def test_rows_that_are_no_pieces(rng, channels, dtype):
+    """Channels side by side, 50 to 200 bytes to a pixel: no conflicts, and whole sectors."""
+    features = features_of(rng, [(2, channels, 128)], dtype, "channels", modalities=4)
+    for out in check_softmax(rng, features):
+        check_conflicts(out.report)
+        for (x,) in features:
+            traffic = out.report.loads_of[x.buffer]
+            assert traffic.bytes == traffic.distinct == x.bytes and traffic.efficiency == 1
 
 
 @pytest.mark.parametrize("layout", ["pixels", "channels"])

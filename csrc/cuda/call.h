@@ -40,7 +40,7 @@ struct Tiling {
 
 constexpr int kMostScales = 8, kMostArrays = 48, kMostTensors = 14;
 // What a lane reads from a tile of a warp at once (warp_tile.h): a pixel or two of 16 bits; where channels lie side by side 16 bytes of
-// them, or one. Or there are no tiles of warps, but those of a block (tile.h).
+// them, or one or two of 16 bits. Or there are no tiles of warps, but those of a block (tile.h).
 enum class Unit : int { pixels, piece, single, none };
 
 constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 1024 : 512; }
@@ -248,7 +248,8 @@ inline Unit unit_of(const Array& x, int64_t channels) {
   const int64_t bytes = size_of(x.dtype);
   return x.pixel_lines ? Unit::pixels : bytes < 8 && channels * bytes % 16 == 0 ? Unit::piece : Unit::single;
 }
-inline int64_t pixels_of(const Array& x) { return x.pixel_lines && size_of(x.dtype) == 2 ? 2 : 1; }  // of a unit
+// Pixels of a lane: of a unit, or one after the other.
+inline int64_t pixels_of(const Array& x, int64_t channels) { return size_of(x.dtype) == 2 && unit_of(x, channels) != Unit::piece ? 2 : 1; }
 
 // A tiling of arrays like x, `planes` of them to a tile, with `lane_numbers` more for each lane, and `unit_numbers` for each unit of it.
 // Lanes for each pixel, the fewest with which the tile of a warp is small enough, where pixels lie side by side up to those that leave
@@ -256,22 +257,23 @@ inline int64_t pixels_of(const Array& x) { return x.pixel_lines && size_of(x.dty
 // arrays. Returns the bytes of a warp without those numbers, and with them.
 inline std::pair<int64_t, int64_t> plan_warp_tile(Tiling& t, const Array& x, int64_t planes, bool one_line, int64_t unit_numbers,
                                                   int64_t lane_numbers, int64_t accumulator_bytes, int64_t most_bytes, int64_t limit) {
-  const int64_t bytes = size_of(x.dtype), channel_bytes = t.channels * bytes, pixels = pixels_of(x);
-  const int64_t unit_channels = unit_of(x, t.channels) == Unit::piece ? 16 / bytes : 1;
+  const int64_t bytes = size_of(x.dtype), channel_bytes = t.channels * bytes, pixels = pixels_of(x, t.channels);
+  const Unit kind = unit_of(x, t.channels);
+  const int64_t unit_channels = kind == Unit::piece ? 16 / bytes : kind == Unit::single && bytes == 2 ? 2 : 1;
   for (t.lane_bits = 0;; ++t.lane_bits) {
     t.lanes = 1 << t.lane_bits;
     const int64_t groups = 32 / t.lanes;
     t.width = int32_t(groups * pixels);
     if (x.pixel_lines) {
       t.pitch = int32_t(t.width * bytes);
-    } else if (one_line && groups * channel_bytes % 16 == 0) {
+    } else if (one_line && t.width * channel_bytes % 16 == 0) {
       t.pitch = int32_t(channel_bytes);
     } else {  // lanes that read together read from different banks
       const int64_t unit = std::max<int64_t>(unit_channels * bytes, 4), rows = std::max<int64_t>(128 / unit / groups, 1);
       t.pitch = int32_t(unit * rows * (((channel_bytes + unit - 1) / unit + rows - 1) / rows | 1));
     }
     const int64_t plane = ((x.pixel_lines ? t.channels : t.width) * t.pitch + 15) / 16 * 16;
-    const int64_t units = (t.channels + t.lanes * unit_channels - 1) / t.lanes;
+    const int64_t units = (t.channels + t.lanes * unit_channels - 1) / t.lanes + (unit_channels == 2 ? 2 : 0);  // with half of one
     const int64_t tile_bytes = planes * plane + 32 * units * unit_numbers * accumulator_bytes;
     const int64_t warp_bytes = tile_bytes + 32 * lane_numbers * accumulator_bytes;
     const bool spread = t.width >= 2 * t.pixels && groups > 1, small = warp_bytes <= most_bytes, fits = warp_bytes <= limit;
@@ -318,7 +320,7 @@ inline Launch plan(ModalityCrossEntropy& call, bool backward, int64_t accumulato
   bool rows_follow = true;
   for (int m = 0; m < call.modalities; ++m) rows_follow &= one_line(call.logits[m], t) && starts_pieces(call.logits[m], 0);
   // Numbers of a lane beside the tile: sums, or for a group of modalities gradients at y and with smoothing more; of a unit: the mean.
-  const int64_t pixels = pixels_of(first), of_unit = call.modalities > kGroup ? pixels : 0;
+  const int64_t pixels = first.pixel_lines ? pixels_of(first, t.channels) : 1, of_unit = call.modalities > kGroup ? pixels : 0;
   const int64_t of_lane = !backward ? 2 * call.modalities + 2 : (call.label_smoothing > 0 ? 3 : 1) * kGroup * pixels;
   const auto [numbers, warp_bytes] =
       plan_warp_tile(t, first, call.modalities, rows_follow, of_unit, of_lane, accumulator_bytes, kWarpBytes, limit - kReserve);

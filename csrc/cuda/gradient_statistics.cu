@@ -26,7 +26,7 @@ template <class T, class Storage, int Pixels_, int Channels_>
 class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
   using Tile = WarpTile<T, Storage, Pixels_, Channels_>;
   static constexpr int Pixels = Tile::Pixels, n = Tile::n, kStep = n < 4 ? 4 / n : 1;
-  using Tile::channel, Tile::group, Tile::groups, Tile::part, Tile::place, Tile::tiling, Tile::units;
+  using Tile::groups, Tile::part, Tile::tiling;
 
  public:
   T fisher = 0, square = 0;  // of the calling lane, forward: sums over its pixels
@@ -42,7 +42,23 @@ class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
         e_(g_ + Tile::plane_bytes()) {}
 
   __device__ void forward(int64_t begin) {
-    read(begin);
+    bring(begin);
+#pragma unroll 1
+    for (int turn = 0; turn < Tile::turns; ++turn) forward_turn(begin, turn);
+  }
+
+  __device__ void backward(int64_t begin) {
+    bring(begin);
+#pragma unroll 1
+    for (int turn = 0; turn < Tile::turns; ++turn) backward_turn(begin, turn);
+    __syncwarp();
+    Tile::take(call_.to_grads[k_], sample_, begin, g_, true);
+    if (has_e_) Tile::take(call_.to_features[k_], sample_, begin, e_, true);
+  }
+
+ private:
+  __device__ void forward_turn(int64_t begin, int turn) {
+    read(begin, turn);
     find_sums();
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) {
@@ -54,8 +70,8 @@ class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
     }
   }
 
-  __device__ void backward(int64_t begin) {
-    read(begin);
+  __device__ void backward_turn(int64_t begin, int turn) {
+    read(begin, turn);
     T u[Pixels], v[Pixels];
     const int64_t weight = (call_.first_tensor + k_) * call_.batch + sample_;
     const T of_fisher = call_.values[k_] ? T(call_.fisher_weight[weight]) : T(0), of_square = has_e_ ? T(call_.attribution_weight[weight]) : T(0);
@@ -74,20 +90,20 @@ class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll
     for (int p = 0; p < Pixels; ++p)
       if (part == 0 && inside_[p] && call_.to_values[k_]) at<T>(call_.to_values[k_], p) = valid_[p] ? -u[p] * norm_[p] / f_[p] : T(0);
-    __syncwarp();
-    Tile::take(call_.to_grads[k_], sample_, begin, g_, true);
-    if (has_e_) Tile::take(call_.to_features[k_], sample_, begin, e_, true);
   }
 
- private:
   template <class X>
   __device__ X& at(void* data, int p) const { return static_cast<X*>(data)[first_ + p]; }
 
-  __device__ void read(int64_t begin) {
+  __device__ void bring(int64_t begin) {
     __syncwarp();  // all lanes have done with the tile before
     Tile::bring(call_.grads[k_], sample_, begin, g_);
     if (has_e_) Tile::bring(call_.features[k_], sample_, begin, e_);
-    const int64_t pixel = begin + group * Pixels;
+  }
+
+  __device__ void read(int64_t begin, int turn) {
+    Tile::start(turn);
+    const int64_t pixel = begin + Tile::first;
     first_ = sample_ * tiling.pixels + pixel;
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) {
@@ -95,7 +111,7 @@ class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
       valid_[p] = inside_[p] && (tiling.mask == nullptr || tiling.mask[first_ + p]);
       f_[p] = (call_.values[k_] && inside_[p] ? at<T>(call_.values[k_], p) : T(1)) + T(call_.eps);
     }
-    wait_for_copies();
+    if (turn == 0) wait_for_copies();
   }
 
   // f over the lanes of each pixel.
@@ -109,16 +125,16 @@ class StatisticsTile : WarpTile<T, Storage, Pixels_, Channels_> {
   // f(g, e) of the elements of a step, which f may change: then they are stored.
   template <bool Store, class F>
   __device__ void each_element(F f) {
-    Tile::template each_step<kStep>([&](auto steps, int, int at) {
-      constexpr int units = decltype(steps)::value;
-      T g[units * n], e[units * n] = {};
-      Tile::template load<units>(g_ + at, g);
-      if (has_e_) Tile::template load<units>(e_ + at, e);
+    Tile::template each_step<kStep>([&](auto elements, int, int, int at) {
+      constexpr int count = decltype(elements)::value;
+      T g[count], e[count] = {};
+      Tile::load(g_ + at, g);
+      if (has_e_) Tile::load(e_ + at, e);
 #pragma unroll
-      for (int i = 0; i < units * n; ++i) f(g[i], e[i], i % Pixels);
+      for (int i = 0; i < count; ++i) f(g[i], e[i], i % Pixels);
       if constexpr (Store) {
-        Tile::template store<units>(g_ + at, g);
-        if (has_e_) Tile::template store<units>(e_ + at, e);
+        Tile::store(g_ + at, g);
+        if (has_e_) Tile::store(e_ + at, e);
       }
     });
   }

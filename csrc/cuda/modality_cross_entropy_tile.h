@@ -28,7 +28,7 @@ template <class T, class Storage, int Pixels_, int Channels_, bool Backward>
 class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   using Tile = WarpTile<T, Storage, Pixels_, Channels_>;
   static constexpr int Pixels = Tile::Pixels, Channels = Tile::Channels;
-  using Tile::channel, Tile::group, Tile::groups, Tile::part, Tile::place, Tile::tiling, Tile::units;
+  using Tile::groups, Tile::part, Tile::place, Tile::tiling;
 
  public:
   // `memory`: of the warp. `class_weights`: of all classes, with smoothing.
@@ -58,11 +58,15 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll 1
     for (int m = 0; m < call_.modalities; ++m)
       if (held_ >> m & 1) Tile::bring(call_.logits[m], sample_, begin, plane(a++));
-    read_targets(begin);
-    wait_for_copies();
-    if (active_ > kGroup) keep_means();
 #pragma unroll 1
-    for (int first = 0; first < active_; first += kGroup) run_group(first, min(active_ - first, kGroup));
+    for (int turn = 0; turn < Tile::turns; ++turn) {
+      Tile::start(turn);
+      read_targets(begin);
+      if (turn == 0) wait_for_copies();
+      if (active_ > kGroup) keep_means();
+#pragma unroll 1
+      for (int first = 0; first < active_; first += kGroup) run_group(first, min(active_ - first, kGroup));
+    }
     if constexpr (Backward) {
       __syncwarp();
       a = 0;
@@ -103,7 +107,7 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   __device__ void read_targets(int64_t begin) {
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) {
-      const int64_t pixel = begin + group * Pixels + p;
+      const int64_t pixel = begin + Tile::first + p;
       const bool inside = pixel < tiling.pixels;
       const int64_t y = inside ? target(sample_ * tiling.pixels + pixel) : call_.ignore_index;
       valid_[p] = inside && y != call_.ignore_index;
@@ -131,20 +135,20 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll 1
       for (int a = 0; a < active_; ++a) joint_[p].x += logit_of_target(a, p);
     }
-#pragma unroll 1
-    for (int k = 0; k < units(); ++k) {
-      T sum[n] = {};
+    Tile::template each_step<1>([&](auto step, int k, int, int at) {
+      constexpr int count = decltype(step)::value;
+      T sum[count] = {};
 #pragma unroll 1
       for (int a = 0; a < active_; ++a) {
-        T x[n];
-        Tile::template load<1>(plane(a) + place(channel(k)), x);
-        for (int i = 0; i < n; ++i) sum[i] += x[i];
+        T x[count];
+        Tile::load(plane(a) + at, x);
+        for (int i = 0; i < count; ++i) sum[i] += x[i];
       }
-      for (int i = 0; i < n; ++i) means(k)[i] = sum[i];
-    }
+      for (int i = 0; i < count; ++i) means(k)[i] = sum[i];
+    });
 #pragma unroll
     for (int p = 0; p < Pixels; ++p)
-      if (Tile::owns(y_[p])) means(y_[p] / Channels >> tiling.lane_bits)[Channels > 1 ? y_[p] % Channels : p] = -T(INFINITY);
+      if (Tile::owns(y_[p])) means(Tile::unit_of(y_[p]))[Channels > 1 ? max(y_[p] - Tile::head, 0) % Channels : p] = -T(INFINITY);
   }
 
   // ---- up to four modalities, and R with the first of them ----
@@ -176,18 +180,18 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   }
 
   // `sum`: of the logits of all modalities, of which the mean is taken by the scale of the exponentials.
-  template <int Units>
-  __device__ void load_means(int unit, T (&sum)[Units * n]) const {
+  template <int N>
+  __device__ void load_means(int unit, T (&sum)[N]) const {
 #pragma unroll
-    for (int i = 0; i < Units * n; ++i) sum[i] = means(unit + i / n)[i % n];
+    for (int i = 0; i < N; ++i) sum[i] = means(unit + i / n)[i % n];
   }
 
   // Adds a step up, and that to the sums: sums of sums keep digits that one over 1000 classes would lose.
-  template <int Units, bool Squares>
-  __device__ static void add(Sums<T> (&sums)[Pixels], const T (&x)[Units * n], T scale) {
+  template <bool Squares, int N>
+  __device__ static void add(Sums<T> (&sums)[Pixels], const T (&x)[N], T scale) {
     T rest[Pixels], square[Pixels];
 #pragma unroll
-    for (int i = 0; i < Units * n; ++i) {
+    for (int i = 0; i < N; ++i) {
       const int p = i % Pixels;
       const T e = exp2_of(fused(x[i], scale, -sums[p].base));
       rest[p] = i < Pixels ? e : rest[p] + e;
@@ -202,20 +206,20 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
 
   __device__ void add_up(int first, int count) {
     each_sums(first, count, [](Sums<T>& s) { s.rest = s.square = 0; });
-    Tile::template each_step<kStep>([&](auto steps, int k, int at) {
-      constexpr int units = decltype(steps)::value;
-      T sum[units * n];
+    Tile::template each_step<kStep>([&](auto step, int k, int, int at) {
+      constexpr int elements = decltype(step)::value;
+      T sum[elements];
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a == 0 || a < count) {
-          T x[units * n];
-          Tile::template load<units>(plane(first + a) + at, x);
-          for (int i = 0; i < units * n; ++i) sum[i] = a == 0 ? x[i] : sum[i] + x[i];
-          add<units, true>(own_[a], x, kLog2E<T>);
+          T x[elements];
+          Tile::load(plane(first + a) + at, x);
+          for (int i = 0; i < elements; ++i) sum[i] = a == 0 ? x[i] : sum[i] + x[i];
+          add<true>(own_[a], x, kLog2E<T>);
         }
       if (first > 0) return;
-      if (active_ > kGroup) load_means<units>(k, sum);
-      add<units, false>(joint_, sum, mean_scale_);
+      if (active_ > kGroup) load_means(k, sum);
+      add<false>(joint_, sum, mean_scale_);
     });
     combine(first, count, [](Sums<T>& s, int o) {
       s.rest += __shfl_xor_sync(kWarp, s.rest, o), s.square += __shfl_xor_sync(kWarp, s.square, o);
@@ -255,19 +259,19 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   // Of these the bases become the maxima, for which `rest` is used meanwhile.
   __device__ void find_maxima(int first, int count, unsigned far) {
     each_sums(first, count, [](Sums<T>& s) { s.rest = s.x; });
-    Tile::template each_step<kStep>([&](auto steps, int k, int at) {
-      constexpr int units = decltype(steps)::value;
-      T sum[units * n] = {};
+    Tile::template each_step<kStep>([&](auto step, int k, int, int at) {
+      constexpr int elements = decltype(step)::value;
+      T sum[elements] = {};
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a < count) {
-          T x[units * n];
-          Tile::template load<units>(plane(first + a) + at, x);
-          for (int i = 0; i < units * n; ++i) sum[i] += x[i], own_[a][i % Pixels].rest = maximum(own_[a][i % Pixels].rest, x[i]);
+          T x[elements];
+          Tile::load(plane(first + a) + at, x);
+          for (int i = 0; i < elements; ++i) sum[i] += x[i], own_[a][i % Pixels].rest = maximum(own_[a][i % Pixels].rest, x[i]);
         }
       if (first > 0) return;
-      if (active_ > kGroup) load_means<units>(k, sum);
-      for (int i = 0; i < units * n; ++i) joint_[i % Pixels].rest = maximum(joint_[i % Pixels].rest, sum[i]);
+      if (active_ > kGroup) load_means(k, sum);
+      for (int i = 0; i < elements; ++i) joint_[i % Pixels].rest = maximum(joint_[i % Pixels].rest, sum[i]);
     });
     combine(first, count, [](Sums<T>& s, int o) { s.rest = maximum(s.rest, __shfl_xor_sync(kWarp, s.rest, o)); });
 #pragma unroll
@@ -305,24 +309,24 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   // f(x, class weight, p) for the elements of a modality (a < 0: those of R, added up).
   template <class F>
   __device__ void each_other(int a, F f) const {
-#pragma unroll 1
-    for (int k = 0; k < units(); ++k) {
-      T x[n] = {};
-      if (a >= 0) Tile::template load<1>(plane(a) + place(channel(k)), x);
-      else if (active_ > kGroup) load_means<1>(k, x);
+    Tile::template each_step<1>([&](auto step, int k, int channel, int at) {
+      constexpr int count = decltype(step)::value;
+      T x[count] = {};
+      if (a >= 0) Tile::load(plane(a) + at, x);
+      else if (active_ > kGroup) load_means(k, x);
       else
 #pragma unroll 1
         for (int b = 0; b < active_; ++b) {
-          T y[n];
-          Tile::template load<1>(plane(b) + place(channel(k)), y);
-          for (int i = 0; i < n; ++i) x[i] += y[i];
+          T y[count];
+          Tile::load(plane(b) + at, y);
+          for (int i = 0; i < count; ++i) x[i] += y[i];
         }
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const int c = channel(k) + (Channels > 1 ? i : 0), p = i % Pixels;
+      for (int i = 0; i < count; ++i) {
+        const int c = channel + (Channels > 1 ? i : 0), p = i % Pixels;
         if (c != y_[p]) f(x[i], class_weights_[c], p);
       }
-    }
+    });
   }
   __device__ void combine(T (&x)[Pixels]) const {
 #pragma unroll 1
@@ -415,33 +419,33 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
   __device__ T& of_weighted(int a, int p) const { return at_target(2 * kGroup + a, p); }
 
   __device__ void write_gradients(int first, int count) {
-    Tile::template each_step<kStep>([&](auto steps, int k, int at) {
-      constexpr int units = decltype(steps)::value;
-      T x[kGroup][units * n], sum[units * n];
+    Tile::template each_step<kStep>([&](auto step, int k, int channel, int at) {
+      constexpr int elements = decltype(step)::value;
+      T x[kGroup][elements], sum[elements];
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a == 0 || a < count) {
-          Tile::template load<units>(plane(first + a) + at, x[a]);
-          for (int i = 0; i < units * n; ++i) sum[i] = a == 0 ? x[a][i] : sum[i] + x[a][i];
+          Tile::load(plane(first + a) + at, x[a]);
+          for (int i = 0; i < elements; ++i) sum[i] = a == 0 ? x[a][i] : sum[i] + x[a][i];
         }
-      if (active_ > kGroup) load_means<units>(k, sum);
+      if (active_ > kGroup) load_means(k, sum);
 #pragma unroll
-      for (int i = 0; i < units * n; ++i)
+      for (int i = 0; i < elements; ++i)
         sum[i] = joint_[i % Pixels].rest * exp2_of(fused(sum[i], mean_scale_, -joint_[i % Pixels].base));
 #pragma unroll
       for (int a = 0; a < kGroup; ++a)
         if (a == 0 || a < count) {
 #pragma unroll
-          for (int i = 0; i < units * n; ++i) {
+          for (int i = 0; i < elements; ++i) {
             const Sums<T>& s = own_[a][i % Pixels];
             const T e = exp2_of(fused(x[a][i], kLog2E<T>, -s.base));
             x[a][i] = fused(e, fused(s.square, e, s.rest), sum[i]);
             if (smoothing_ > 0) {
-              const T w = class_weights_[channel(k + i / n) + (Channels > 1 ? i % n : 0)];
+              const T w = class_weights_[channel + i / n * Channels * tiling.lanes + (Channels > 1 ? i % n : 0)];
               x[a][i] -= w * fused(of_weighted(a, i % Pixels), e, of_weight(a, i % Pixels));
             }
           }
-          Tile::template store<units>(plane(first + a) + at, x[a]);
+          Tile::store(plane(first + a) + at, x[a]);
         }
     });
 #pragma unroll
@@ -452,8 +456,8 @@ class CrossEntropyTile : WarpTile<T, Storage, Pixels_, Channels_> {
           const unsigned start = plane(first + a) + p * Tile::size;
           if (Tile::owns(y_[p])) Tile::store_one(start + place(y_[p]), at_target(a, p));
           if (!valid_[p])
-            for (int k = 0; k < units(); ++k)
-              for (int i = 0; i < Channels; ++i) Tile::store_one(start + place(channel(k) + i), T(0));
+            for (int c = 0; c < int(tiling.channels); ++c)
+              if (Tile::owns(c)) Tile::store_one(start + place(c), T(0));
         }
   }
 

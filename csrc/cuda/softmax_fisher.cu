@@ -12,13 +12,16 @@
 // adds up; backward reads every feature once and writes every gradient once.
 //
 // Work: a warp takes tiles of up to 32 pixels (64 of 16 bits where pixels lie side by side) of one sample at one scale, all channels of all
-// modalities (warp_tile.h), and passes over them in shared memory (softmax_fisher_tile.h): for the maxima, for the sums of exponentials, for
-// those of squared differences, and backward for the gradients, which take the place of the features. A pass computes exponentials anew,
-// one for each element and one for each channel of R: that costs fewer instructions than to keep them, and any number of channels
-// will do. One launch covers all scales of one type and layout.
+// modalities (warp_tile.h), and passes over them in shared memory (softmax_fisher_tile.h): for the maxima, for all sums, and backward for the
+// gradients, which take the place of the features. With e and r the exponentials of a modality and of R, p - q is (e - ratio r) / sum e,
+// whose norm follows from the sums of (e - r)^2, r (e - r) and r^2. So each pass computes one exponential for each element; of two
+// modalities it is that of half a feature, because r is the product of two and e the square of one. One launch covers all scales of one
+// type and layout.
 //
-// Exponentials of modalities are relative to their maxima, those of R to the mean of these: no maximum of R is looked for. Where modalities
-// are so far apart that those of R vanish, the sums of a pixel are computed again relative to it.
+// Exponentials of modalities are relative to their maxima, those of R to the mean of these: no maximum of R is looked for. A warp with a
+// pixel where that loses digits goes another way, that of the formula: it looks for the maximum of R, adds up anew and passes once more for
+// the norm of p - q. So it is where modalities are so far apart that r vanishes, where p and q are nearly the same though e and r are not,
+// as in channels that saturate, and of two modalities where they nearly agree.
 //
 // Sizes: call.h.
 #include "launch.h"
@@ -72,13 +75,13 @@ __device__ void run(const SoftmaxFisher& call) {
   MRF_KERNEL(name, storage, pixels, channels, 2)        \
   MRF_KERNEL(name, storage, pixels, channels, 3)        \
   MRF_KERNEL(name, storage, pixels, channels, 4)
-#define MRF_UNITS(dtype, storage, pixels, piece)     \
+#define MRF_UNITS(dtype, storage, pixels, piece, single) \
   MRF_MODALITIES(pixels_##dtype, storage, pixels, 0) \
   MRF_MODALITIES(piece_##dtype, storage, 0, piece)   \
-  MRF_MODALITIES(single_##dtype, storage, 0, 1)
-MRF_UNITS(float32, float, 1, 4)
-MRF_UNITS(bfloat16, __nv_bfloat16, 2, 8)
-MRF_UNITS(float16, __half, 2, 8)
+  MRF_MODALITIES(single_##dtype, storage, 0, single)
+MRF_UNITS(float32, float, 1, 4, 1)
+MRF_UNITS(bfloat16, __nv_bfloat16, 2, 8, 2)
+MRF_UNITS(float16, __half, 2, 8, 2)
 
 // [dtype][unit][modalities]
 #define MRF_LIST(pass, name) \

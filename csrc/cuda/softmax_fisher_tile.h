@@ -10,20 +10,19 @@ namespace cuda {
 // Of a modality in a pixel, over its channels; with y = log2(e) (X - max X), e = 2^y and r = 2^(mean of all y).
 template <class T>
 struct Fisher {
-  T base;      // log2(e) max X, rounded
-  T lost;      // y of the maximum: what was lost in that
+  T top;       // max X
   T sum;       // of e
   T distance;  // sum of r y
   T ratio;     // of the sums of e and r: p - q is (e - ratio r) / sum
-  T norm;      // sum of (e - ratio r)^2
-  T slope;     // backward: sum of e (e - ratio r)
+  T norm;      // sum of (e - ratio r)^2;  before, of (e - r)^2
+  T slope;     // sum of e (e - ratio r);  before, of r (e - r)
 };
 
-// The gradient of a modality in a pixel is e (of_d d + of_e) + r (of_r + pull), with d = e - ratio r and pull the sum of
+// The gradient of a modality in a pixel is d (of_de e - of_d) - of_e e + r pull, with d = e - ratio r and pull the sum of
 // of_y y + of_difference d over modalities, and a number of the pixel.
 template <class T>
 struct Slopes {
-  T of_d, of_e, of_r, of_y, of_difference;
+  T of_de, of_d, of_e, of_y, of_difference;
 };
 
 template <class T, class Storage, int Pixels_, int Channels_, int M, bool Backward>
@@ -31,7 +30,11 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
   using Tile = WarpTile<T, Storage, Pixels_, Channels_>;
   static constexpr int Pixels = Tile::Pixels, Channels = Tile::Channels, n = Tile::n;
   static constexpr int kTogether = M == 2 && !Backward ? 8 : 4, kStep = n < kTogether ? kTogether / n : 1;
-  using Tile::channel, Tile::group, Tile::groups, Tile::part, Tile::place, Tile::tiling, Tile::units;
+  // Of two modalities r is the product of roots, each an exponential, and e its square.
+  static constexpr bool kHalved = M == 2;
+  template <bool Careful>
+  static constexpr bool kRoots = kHalved && !Careful;
+  using Tile::groups, Tile::part, Tile::tiling;
 
  public:
   // Of the calling lane, forward: I of every modality over its pixels, and how many counted.
@@ -60,14 +63,25 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll 1
     for (int m = 0; m < call_.modalities; ++m)
       if (has(m)) Tile::bring(array(call_.features, m), sample_, begin, plane(m));
-    read_mask(begin);
-    wait_for_copies();
-    if (held_) {
+#pragma unroll 1
+    for (int turn = 0; turn < Tile::turns; ++turn) {
+      Tile::start(turn);
+      read_mask(begin);
+      if (turn == 0) wait_for_copies();
+      if (!held_) continue;
       find_maxima();
-      find_sums();
-      compare();
-      finish();
-      if constexpr (Backward) write_gradients();
+      const bool careful = (kHalved && count_of(held_) < 2) || __any_sync(kWarp, !add_up<false>());
+      if (careful) {
+        find_maximum_of_mean();
+        add_up<true>();
+        compare();
+      }
+      finish(careful);
+      if constexpr (Backward) {
+        if (careful) write_gradients<true>();
+        else write_gradients<false>();
+        clear_gradients();
+      }
     }
     if constexpr (Backward) {
       __syncwarp();
@@ -86,7 +100,7 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
   __device__ void read_mask(int64_t begin) {
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) {
-      const int64_t pixel = begin + group * Pixels + p;
+      const int64_t pixel = begin + Tile::first + p;
       valid_[p] = pixel < tiling.pixels && (tiling.mask == nullptr || tiling.mask[sample_ * tiling.pixels + pixel]);
       counted += valid_[p] && part == 0;
     }
@@ -103,30 +117,31 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
   __device__ static void add(T& x, int o) { x += __shfl_xor_sync(kWarp, x, o); }
   __device__ static void raise(T& x, int o) { x = maximum(x, __shfl_xor_sync(kWarp, x, o)); }
 
-  template <int Units>
-  __device__ void differences(int at, T (&y)[M][Units * n]) const {
+  // y of every modality and r; and e, or where roots are taken e^(1/2) and y/2.
+  template <bool Careful, int N>
+  __device__ void exponentials(int at, T (&y)[M][N], T (&e)[M][N], T (&r)[N]) const {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      Tile::template load<Units>(plane(m) + at, y[m]);
+      Tile::load(plane(m) + at, y[m]);
 #pragma unroll
-      for (int i = 0; i < Units * n; ++i) y[m][i] = fused(y[m][i], kLog2E<T>, -of_[m][i % Pixels].base);
+      for (int i = 0; i < N; ++i) {
+        const T top = of_[m][i % Pixels].top, scale = kLog2E<T> / (kRoots<Careful> ? 2 : 1);
+        y[m][i] = Careful ? (y[m][i] - top) * scale : fused(y[m][i], scale, -top * scale);
+        e[m][i] = exp2_of(y[m][i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (kRoots<Careful>) r[i] = e[0][i] * e[1][i];
+      else r[i] = exp2_of((sum_of(y, i) - (Careful ? peak_[i % Pixels] : T(0))) * mean_);
     }
   }
-  __device__ static T sum_of(const T* y, int distance) {
-    T sum = y[0];
+  template <int N>
+  __device__ static T sum_of(const T (&y)[M][N], int i) {
+    T sum = y[0][i];
 #pragma unroll
-    for (int m = 1; m < M; ++m) sum += y[m * distance];
+    for (int m = 1; m < M; ++m) sum += y[m][i];
     return sum;
-  }
-  template <int Units>
-  __device__ void exponentials(int at, T (&y)[M][Units * n], T (&e)[M][Units * n], T (&r)[Units * n]) const {
-    differences<Units>(at, y);
-#pragma unroll
-    for (int i = 0; i < Units * n; ++i) {
-#pragma unroll
-      for (int m = 0; m < M; ++m) e[m][i] = exp2_of(y[m][i]);
-      r[i] = exp2_of(fused(sum_of(&y[0][i], Units * n), mean_, -shift_[i % Pixels]));
-    }
   }
 
   // ---- passes over the channels ----
@@ -136,129 +151,136 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < n; ++i) narrow(-T(INFINITY), top[m].at[i]);
-    Tile::template each_step<kStep>([&](auto steps, int, int at) {
+    Tile::template each_step<kStep>([&](auto count, int, int, int at) {
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int u = 0; u < decltype(steps)::value; ++u) keep_larger(top[m], Tile::load_unit(plane(m) + at + u * Tile::step()));
+      for (int m = 0; m < M; ++m) Tile::template keep_larger_of<decltype(count)::value>(plane(m) + at, top[m]);
     });
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const T x = widen<T>(top[m].at[i]);
-        of_[m][i % Pixels].base = i < Pixels ? x : maximum(of_[m][i % Pixels].base, x);
+        of_[m][i % Pixels].top = i < Pixels ? x : maximum(of_[m][i % Pixels].top, x);
       }
     combine([&](int p, int o) {
-      for (int m = 0; m < M; ++m) raise(of_[m][p].base, o);
+      for (int m = 0; m < M; ++m) raise(of_[m][p].top, o);
     });
-#pragma unroll
-    for (int p = 0; p < Pixels; ++p) {
-      shift_[p] = 0;
-      for (int m = 0; m < M; ++m) {
-        const T top = of_[m][p].base;
-        of_[m][p].base = top * kLog2E<T>, of_[m][p].lost = fused(top, kLog2E<T>, -of_[m][p].base);
-      }
-    }
   }
 
-  __device__ void find_sums() {
-#pragma unroll 1
-    for (bool again = false;; again = true) {
-      add_up();
-      if (again || !__any_sync(kWarp, far())) break;
-      find_maximum_of_mean();
-    }
-  }
-
-  // Of a step first, then of all: sums of sums keep digits that one over 1000 channels would lose.
-  __device__ void add_up() {
+  // Sums: of a step first, then of all, which keeps digits that one over 1000 channels would lose. Returns whether they do in all pixels of
+  // the lane: modalities not so far apart that exponentials of their mean vanish beside those of their maxima, p not so near to q that the
+  // norm of d = (e - r) - (ratio - 1) r is lost among those of its parts, or d itself in the rounding of roots.
+  template <bool Careful>
+  __device__ bool add_up() {
+    T square_r[Pixels];
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) {
-      sum_r_[p] = 0;
-      for (int m = 0; m < M; ++m) of_[m][p].sum = of_[m][p].distance = 0;
+      sum_r_[p] = square_r[p] = 0;
+      for (int m = 0; m < M; ++m) of_[m][p].sum = of_[m][p].distance = of_[m][p].norm = of_[m][p].slope = 0;
     }
-    Tile::template each_step<kStep>([&](auto steps, int, int at) {
-      constexpr int count = decltype(steps)::value * n;
+    Tile::template each_step<Careful ? 1 : kStep>([&](auto elements, int, int, int at) {
+      constexpr int count = decltype(elements)::value;
       T y[M][count], e[M][count], r[count];
-      exponentials<decltype(steps)::value>(at, y, e, r);
+      exponentials<Careful>(at, y, e, r);
 #pragma unroll
       for (int p = 0; p < Pixels; ++p) {
-        T sum_r = r[p];
+        T sum_r = 0;
 #pragma unroll
-        for (int i = p + Pixels; i < count; i += Pixels) sum_r += r[i];
+        for (int i = p; i < count; i += Pixels) {
+          sum_r = kRoots<Careful> ? fused(e[0][i], e[1][i], sum_r) : sum_r + r[i];
+          square_r[p] = fused(r[i], r[i], square_r[p]);
+        }
         sum_r_[p] += sum_r;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          T sum = e[m][p], distance = r[p] * y[m][p];
+          Fisher<T>& of = of_[m][p];
+          T sum = 0, distance = 0;
 #pragma unroll
-          for (int i = p + Pixels; i < count; i += Pixels) sum += e[m][i], distance = fused(r[i], y[m][i], distance);
-          of_[m][p].sum += sum, of_[m][p].distance += distance;
+          for (int i = p; i < count; i += Pixels) {
+            sum = kRoots<Careful> ? fused(e[m][i], e[m][i], sum) : sum + e[m][i], distance = fused(r[i], y[m][i], distance);
+            if constexpr (!Careful) {
+              const T apart = e[0][i] - e[1][i], w = kHalved ? e[m][i] * (m == 0 ? apart : -apart) : e[m][i] - r[i];
+              of.norm = fused(w, w, of.norm), of.slope = fused(w, r[i], of.slope);
+            }
+          }
+          of.sum += sum, of.distance += distance;
         }
       }
     });
     combine([&](int p, int o) {
       add(sum_r_[p], o);
-      for (int m = 0; m < M; ++m) add(of_[m][p].sum, o), add(of_[m][p].distance, o);
+      if (!Careful) add(square_r[p], o);
+      for (int m = 0; m < M; ++m) {
+        add(of_[m][p].sum, o), add(of_[m][p].distance, o);
+        if (!Careful) add(of_[m][p].norm, o), add(of_[m][p].slope, o);
+      }
     });
-  }
-
-  // Whether the modalities of a pixel are so far apart that exponentials of their mean vanish beside those of their maxima.
-  __device__ bool far() const {
-    bool any = false;
+    bool well = true;
 #pragma unroll
-    for (int p = 0; p < Pixels; ++p) any |= is_far(p);
-    return any;
+    for (int p = 0; p < Pixels; ++p) {
+      well &= sum_r_[p] > T(1e-16) || !valid_[p];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        Fisher<T>& of = of_[m][p];
+        of.ratio = quotient(of.sum, sum_r_[p]);
+        if constexpr (!Careful) {
+          const T more = of.ratio - 1, ww = of.norm, rw = of.slope, rr = square_r[p];
+          of.norm = fused(more, fused(more, rr, -2 * rw), ww), of.slope = fused(-more, rw, ww) + fused(-more, rr, rw);
+          const T parts = fused(more * more, rr, ww), near = kHalved && ww > 0 ? of.ratio * of.ratio * rr : T(0);
+          well &= (of.norm >= parts / 64 && of.norm >= near / 4096) || !valid_[p] || !has(m);
+        }
+        if (kRoots<Careful>) of.distance *= 2;
+      }
+    }
+    return well;
   }
-  __device__ bool is_far(int p) const { return valid_[p] && !(sum_r_[p] > T(1e-16)); }
 
-  // In the pixels that are far.
+  // ---- with care ----
+
   __device__ void find_maximum_of_mean() {
-    T top[Pixels];
 #pragma unroll
-    for (int p = 0; p < Pixels; ++p) top[p] = -T(INFINITY);
-    Tile::template each_step<1>([&](auto, int, int at) {
-      T y[M][n];
-      differences<1>(at, y);
+    for (int p = 0; p < Pixels; ++p) peak_[p] = -T(INFINITY);
+    Tile::template each_step<1>([&](auto elements, int, int, int at) {
+      constexpr int count = decltype(elements)::value;
+      T y[M][count];
 #pragma unroll
-      for (int i = 0; i < n; ++i) top[i % Pixels] = maximum(top[i % Pixels], sum_of(&y[0][i], n));
+      for (int m = 0; m < M; ++m) {
+        Tile::load(plane(m) + at, y[m]);
+#pragma unroll
+        for (int i = 0; i < count; ++i) y[m][i] = (y[m][i] - of_[m][i % Pixels].top) * kLog2E<T>;
+      }
+#pragma unroll
+      for (int i = 0; i < count; ++i) peak_[i % Pixels] = maximum(peak_[i % Pixels], sum_of(y, i));
     });
-    combine([&](int p, int o) { raise(top[p], o); });
-#pragma unroll
-    for (int p = 0; p < Pixels; ++p)
-      if (is_far(p)) shift_[p] = top[p] * mean_;
+    combine([&](int p, int o) { raise(peak_[p], o); });
   }
 
   __device__ void compare() {
 #pragma unroll
     for (int p = 0; p < Pixels; ++p)
 #pragma unroll
-      for (int m = 0; m < M; ++m) of_[m][p].ratio = quotient(of_[m][p].sum, sum_r_[p]), of_[m][p].norm = of_[m][p].slope = 0;
-    Tile::template each_step<kStep>([&](auto steps, int, int at) {
-      constexpr int count = decltype(steps)::value * n;
+      for (int m = 0; m < M; ++m) of_[m][p].norm = of_[m][p].slope = 0;
+    Tile::template each_step<1>([&](auto elements, int, int, int at) {
+      constexpr int count = decltype(elements)::value;
       T y[M][count], e[M][count], r[count];
-      exponentials<decltype(steps)::value>(at, y, e, r);
+      exponentials<true>(at, y, e, r);
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int i = 0; i < count; ++i) {
           Fisher<T>& of = of_[m][i % Pixels];
           const T d = fused(-of.ratio, r[i], e[m][i]);
-          of.norm = fused(d, d, of.norm);
-          if (Backward) of.slope = fused(e[m][i], d, of.slope);
+          of.norm = fused(d, d, of.norm), of.slope = fused(e[m][i], d, of.slope);
         }
     });
     combine([&](int p, int o) {
-      for (int m = 0; m < M; ++m) {
-        add(of_[m][p].norm, o);
-        if (Backward) add(of_[m][p].slope, o);
-      }
+      for (int m = 0; m < M; ++m) add(of_[m][p].norm, o), add(of_[m][p].slope, o);
     });
   }
 
   // ---- what follows from the sums ----
 
-  __device__ void finish() {
+  __device__ void finish(bool careful) {
     const bool alone = tiling.channels == 1;  // then p = q = 1, and all is 0
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) {
@@ -267,20 +289,22 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         const Fisher<T>& of = of_[m][p];
-        // f = log sum + sum_c q_c (max - X_c): both terms are at least 0, nothing cancels.
+        // f = log sum + sum_c q_c (max - X_c): both terms are at least 0, nothing cancels. y of the maximum is what rounding left.
         const T inverse = reciprocal(of.sum), below = of.distance * inverse_r;  // sum_c q_c y_c
-        const T inverse_f = reciprocal(logarithm_of_sum(of) + kLn2<T> * (of.lost - below) + T(call_.eps));
+        const T lost = careful ? T(0) : fused(of.top, kLog2E<T>, -of.top * kLog2E<T>);
+        const T inverse_f = reciprocal(logarithm_of_sum(of.sum, lost) + kLn2<T> * (lost - below) + T(call_.eps));
         const T norm = (alone ? 0 * of.sum : of.norm) * inverse * inverse;
         if constexpr (!Backward) {
           if (valid_[p] && part == 0 && has(m)) total[m] += norm * inverse_f;
         } else {
           const T w = has(m) && !alone ? weight(m) : T(0), slope = of.slope * inverse;
-          const T a = 2 * w * inverse_f * inverse, b = w * norm * inverse_f * inverse_f, of_d = b * inverse;
-          // own: a inverse e (d - slope) - of_d d;  the bracket: b y / log2(e) - a d, for J(q) is blind to a number added to all channels;
-          // sum_c q (e - ratio r) = sum p d - N
+          const T a = 2 * w * inverse_f * inverse, b = w * norm * inverse_f * inverse_f;
+          // own: a inverse e (d - slope) - b inverse d;  the bracket: b y / log2(e) - a d, for J(q) is blind to a number added to all
+          // channels; sum_c q (e - ratio r) = sum p d - N
           Slopes<T>& to = slopes_[m][p];
-          to.of_d = a * inverse, to.of_e = -(to.of_d * slope + of_d), to.of_r = of_d * of.ratio;
-          to.of_y = share == 0 ? T(0) : share * b * kLn2<T>, to.of_difference = share == 0 ? T(0) : -share * a;
+          to.of_de = a * inverse, to.of_d = b * inverse, to.of_e = to.of_de * slope;
+          to.of_y = share == 0 ? T(0) : share * b * kLn2<T> * (kHalved && !careful ? 2 : 1);
+          to.of_difference = share == 0 ? T(0) : -share * a;
           mean -= a * (slope - norm * of.sum) - b * kLn2<T> * below;
         }
       }
@@ -288,47 +312,56 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
     }
   }
   // log sum_c exp(X_c - max X), also where that is close to 0: 2^lost is the e of the maximum, and sum at least as large.
-  __device__ static T logarithm_of_sum(const Fisher<T>& of) {
-    return of.sum > 2 ? kLn2<T> * (fast_log2(of.sum) - of.lost) : logarithm(quotient(of.sum, exp2_of(of.lost)));
+  __device__ static T logarithm_of_sum(T sum, T lost) {
+    return sum > 2 ? kLn2<T> * (fast_log2(sum) - lost) : logarithm(quotient(sum, exp2_of(lost)));
   }
   __device__ T weight(int m) const {
     const int64_t at = (int64_t(m) * call_.all_scales + call_.first_scale + scale_) * call_.batch + sample_;
     return T(call_.weight[at] * call_.draws);  // without noise every draw is the same
   }
 
+  template <bool Careful>
   __device__ void write_gradients() {
-    Tile::template each_step<kStep>([&](auto steps, int, int at) {
-      constexpr int units = decltype(steps)::value, count = units * n;
+    Tile::template each_step<Careful ? 1 : kStep>([&](auto elements, int, int, int at) {
+      constexpr int count = decltype(elements)::value;
       T y[M][count], e[M][count], r[count];
-      exponentials<units>(at, y, e, r);
+      exponentials<Careful>(at, y, e, r);
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         const int p = i % Pixels;
-        T pull = pull_[p];
+        T d[M], pull = pull_[p];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          const T d = fused(-of_[m][p].ratio, r[i], e[m][i]);
-          pull = fused(slopes_[m][p].of_difference, d, fused(slopes_[m][p].of_y, y[m][i], pull));
-          y[m][i] = e[m][i] * fused(slopes_[m][p].of_d, d, slopes_[m][p].of_e);
+          if (kRoots<Careful>) e[m][i] *= e[m][i];
+          d[m] = fused(-of_[m][p].ratio, r[i], e[m][i]);
+          pull = fused(slopes_[m][p].of_difference, d[m], fused(slopes_[m][p].of_y, y[m][i], pull));
         }
+        pull *= r[i];
 #pragma unroll
-        for (int m = 0; m < M; ++m) y[m][i] = fused(r[i], slopes_[m][p].of_r + pull, y[m][i]);
+        for (int m = 0; m < M; ++m) {
+          const Slopes<T>& to = slopes_[m][p];
+          y[m][i] = fused(d[m], fused(to.of_de, e[m][i], -to.of_d), fused(-to.of_e, e[m][i], pull));
+        }
       }
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        if (has(m)) Tile::template store<units>(plane(m) + at, y[m]);
+        if (has(m)) Tile::store(plane(m) + at, y[m]);
     });
+  }
+
+  // Of the pixels that do not count.
+  __device__ void clear_gradients() {
     bool all = true;
 #pragma unroll
     for (int p = 0; p < Pixels; ++p) all &= valid_[p];
     if (all) return;
-#pragma unroll 1
-    for (int m = 0; m < call_.modalities; ++m)
-#pragma unroll 1
-      for (int k = 0; k < units(); ++k)
+    Tile::template each_step<1>([&](auto elements, int, int, int at) {
 #pragma unroll
-        for (int i = 0; i < n; ++i)
-          if (!valid_[i % Pixels]) Tile::store_one(plane(m) + place(channel(k)) + i * Tile::size, T(0));
+      for (int i = 0; i < decltype(elements)::value; ++i)
+        if (!valid_[i % Pixels])
+#pragma unroll 1
+          for (int m = 0; m < call_.modalities; ++m) Tile::store_one(plane(m) + at + i * Tile::size, T(0));
+    });
   }
 
   const SoftmaxFisher& call_;
@@ -340,7 +373,7 @@ class FisherTile : WarpTile<T, Storage, Pixels_, Channels_> {
   const int plane_bytes_;
   // Of this lane's pixels.
   bool valid_[Pixels];
-  T sum_r_[Pixels], shift_[Pixels];  // r = 2^(mean of y - shift)
+  T sum_r_[Pixels], peak_[Pixels];  // peak, with care: the largest sum of y over modalities, to whose mean r is relative
   Fisher<T> of_[M][Pixels];
   Slopes<T> slopes_[M][Pixels];
   T pull_[Pixels];

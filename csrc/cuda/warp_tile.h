@@ -128,44 +128,54 @@ __device__ inline void each_piece(const Span& span, const Pieces& pieces, F f) {
 }
 
 // The part of a warp's tile that a lane has. A unit is `Pixels` pixels of a channel, or `Channels` channels of a pixel where channels lie
-// side by side (`Pixels` 0).
+// side by side (`Pixels` 0). Of 16 bits these are two where they do not fill 16 bytes: then a lane has two pixels, one after the other, which
+// together are a number of words where each alone is not; one channel of such a pixel, the first or the last, is no unit but half of one.
 template <class T, class Storage, int Pixels_, int Channels_>
 struct WarpTile {
   static constexpr bool pixel_lines = Pixels_ > 0;
   static constexpr int Pixels = pixel_lines ? Pixels_ : 1, Channels = pixel_lines ? 1 : Channels_;
   static constexpr int n = Pixels * Channels, size = sizeof(Storage);
+  static constexpr bool pieces_of_rows = size * Channels == 16, pairs = size == 2 && Channels == 2;
+  static constexpr int turns = pairs ? 2 : 1;  // of a lane, in a tile
   using Values = Piece<Storage, n>;
 
   const Tiling& tiling;
-  const int groups, group, part;           // lane = part * groups + group
-  const int channel_stride, group_stride;  // bytes in the tile
-  const Pieces pieces;                     // of 16 bytes
+  const int groups, group, part;  // lane = part * groups + group
+  const Pieces pieces;            // of 16 bytes
+  // Of this turn: the number in the tile of the lane's first pixel, where it starts in a plane, and of pairs the channels before a word.
+  int first, row, head;
 
   __device__ explicit WarpTile(const Tiling& t)
       : tiling(t),
         groups(32 >> t.lane_bits),
         group(threadIdx.x % 32 & (groups - 1)),
         part(threadIdx.x % 32 >> (5 - t.lane_bits)),
-        channel_stride(pixel_lines ? t.pitch : size),
-        group_stride(pixel_lines ? Pixels * size : t.pitch),
         pieces((line_bytes(true) + 15) / 16) {}
 
-  // Of a line of the tile; of single channels that are copied 16 bytes at a time all rows are one line.
+  // Pairs of pixels side by side, or half a tile apart: so that from lane to lane are as many words as lanes share a pixel, times an odd
+  // number, and what lanes read together lies in different banks.
+  __device__ void start(int turn) {
+    first = !pairs ? group * Pixels : tiling.pitch & (4 * tiling.lanes - 1) ? 2 * group + turn : group + turn * groups;
+    row = first * (pixel_lines ? size : tiling.pitch), head = pairs ? row / 2 & 1 : 0;
+  }
+
+  // Of a line of the tile; of units below 16 bytes that are copied 16 bytes at a time all rows are one line.
   __device__ int line_bytes(bool vector) const {
     if (pixel_lines) return tiling.width * size;
-    return int(tiling.channels) * size * (Channels == 1 && vector ? tiling.width : 1);
+    return int(tiling.channels) * size * (!pieces_of_rows && vector ? tiling.width : 1);
   }
 
   __device__ int plane_bytes() const { return ((pixel_lines ? int(tiling.channels) : tiling.width) * tiling.pitch + 15) / 16 * 16; }
-  // Units of this lane, the first channel of one, and its place in a plane.
-  __device__ int units() const { return (int(tiling.channels) / Channels - part + tiling.lanes - 1) >> tiling.lane_bits; }
-  __device__ int channel(int unit) const { return (part + unit * tiling.lanes) * Channels; }
-  __device__ int place(int channel) const { return channel * channel_stride + group * group_stride; }
+  // Units of this lane; the place of a channel in a plane, and the number of its unit in the lane that has it.
+  __device__ int units() const { return ((int(tiling.channels) - head) / Channels - part + tiling.lanes - 1) >> tiling.lane_bits; }
+  __device__ int place(int channel) const { return channel * (pixel_lines ? tiling.pitch : size) + row; }
+  __device__ int unit_of(int channel) const { return head && channel == 0 ? units() : (channel - head) / Channels >> tiling.lane_bits; }
   // From unit to unit of this lane: the lanes of a warp have a word of pixels each, whatever of them shares a pixel.
   __device__ int step() const { return pixel_lines ? 32 * n * size : tiling.lanes * n * size; }
-  // The lane that has a channel of this lane's pixels, and whether it is this one.
-  __device__ int owner(int channel) const { return (channel / Channels & (tiling.lanes - 1)) * groups + group; }
-  __device__ bool owns(int channel) const { return (channel / Channels & (tiling.lanes - 1)) == part; }
+  // Of the lanes of a pixel the one that has a channel; its lane in the warp, and whether it is this one.
+  __device__ int part_of(int channel) const { return (channel - head) / Channels & (tiling.lanes - 1); }
+  __device__ int owner(int channel) const { return part_of(channel) * groups + group; }
+  __device__ bool owns(int channel) const { return part_of(channel) == part; }
 
   __device__ static Values load_unit(unsigned at) { return load_shared<Values>(at); }
   __device__ static void widen_unit(const Values& values, T* x) {
@@ -181,20 +191,36 @@ struct WarpTile {
       for (int i = 0; i < n; ++i) x[i] = widen<T>(values.at[i]);
     }
   }
-  // Of `Units` units, the first at `at`.
-  template <int Units>
-  __device__ void load(unsigned at, T (&x)[Units * n]) const {
+  // Of `Count` elements that a step goes over, the first at `at`: whole units, or half of one.
+  template <int Count>
+  __device__ void load(unsigned at, T (&x)[Count]) const {
+    if constexpr (Count < n) x[0] = load_one(at);
+    else
 #pragma unroll
-    for (int u = 0; u < Units; ++u) widen_unit(load_unit(at + u * step()), x + u * n);
+      for (int u = 0; u < Count / n; ++u) widen_unit(load_unit(at + u * step()), x + u * n);
   }
-  template <int Units>
-  __device__ void store(unsigned at, const T (&x)[Units * n]) const {
+  template <int Count>
+  __device__ void store(unsigned at, const T (&x)[Count]) const {
+    if constexpr (Count < n) store_one(at, x[0]);
+    else
 #pragma unroll
-    for (int u = 0; u < Units; ++u) {
-      Values values;
+      for (int u = 0; u < Count / n; ++u) {
+        Values values;
 #pragma unroll
-      for (int i = 0; i < n; ++i) narrow(x[u * n + i], values.at[i]);
-      store_shared(at + u * step(), values);
+        for (int i = 0; i < n; ++i) narrow(x[u * n + i], values.at[i]);
+        store_shared(at + u * step(), values);
+      }
+  }
+  // The larger ones of these and of `top`.
+  template <int Count>
+  __device__ void keep_larger_of(unsigned at, Values& top) const {
+    if constexpr (Count < n) {
+      Values half;
+      half.at[0] = half.at[n - 1] = load_shared<Storage>(at);
+      keep_larger(top, half);
+    } else {
+#pragma unroll
+      for (int u = 0; u < Count / n; ++u) keep_larger(top, load_unit(at + u * step()));
     }
   }
   __device__ static T load_one(unsigned at) { return widen<T>(load_shared<Storage>(at)); }
@@ -204,16 +230,21 @@ struct WarpTile {
     store_shared(at, value);
   }
 
-  // f<units>(first unit, its place in a plane) over the units of this lane, `Units` of them together as long as there are so many.
+  // f<elements>(first unit, its first channel, its place in a plane) over the units of this lane, `Units` of them together as long as there
+  // are so many. From unit to unit channels are `lanes` units on.
   template <int Units, class F>
   __device__ void each_step(F f) const {
-    const int end = units();
-    int k = 0, at = place(channel(0));
+    const int end = units(), on = tiling.lanes * Channels;
+    int k = 0, channel = head + part * Channels, at = place(channel);
 #pragma unroll 1
-    for (; k + Units <= end; k += Units, at += Units * step()) f(std::integral_constant<int, Units>{}, k, at);
+    for (; k + Units <= end; k += Units, channel += Units * on, at += Units * step()) f(std::integral_constant<int, Units * n>{}, k, channel, at);
     if constexpr (Units > 1)
 #pragma unroll 1
-      for (; k < end; ++k, at += step()) f(std::integral_constant<int, 1>{}, k, at);
+      for (; k < end; ++k, channel += on, at += step()) f(std::integral_constant<int, n>{}, k, channel, at);
+    if constexpr (pairs) {
+      const int half = head ? 0 : int(tiling.channels) - 1;
+      if (tiling.channels & 1 && owns(half)) f(std::integral_constant<int, 1>{}, k, half, place(half));
+    }
   }
 
   // ---- between memory and a plane ----
@@ -224,7 +255,7 @@ struct WarpTile {
     const int64_t first = sample * x.sample_stride + begin * (pixel_lines ? 1 : x.line_stride), stride = x.line_stride * size;
     unsigned char* const memory = static_cast<unsigned char*>(x.data) + first * size;
     if (pixel_lines) return {memory, stride, channels, channels, count * size, tiling.pitch};
-    if (Channels == 1 && x.vector) return {memory, 0, 1, 1, count * channels * size, 0};
+    if (!pieces_of_rows && x.vector) return {memory, 0, 1, 1, count * channels * size, 0};
     return {memory, stride, tiling.width, count, channels * size, tiling.pitch};
   }
 
@@ -282,10 +313,10 @@ struct WarpTile {
   MRF_KERNEL(single_float32, float, float, 0, 1)           \
   MRF_KERNEL(pixels_bfloat16, float, __nv_bfloat16, 2, 0)  \
   MRF_KERNEL(piece_bfloat16, float, __nv_bfloat16, 0, 8)   \
-  MRF_KERNEL(single_bfloat16, float, __nv_bfloat16, 0, 1)  \
+  MRF_KERNEL(single_bfloat16, float, __nv_bfloat16, 0, 2)  \
   MRF_KERNEL(pixels_float16, float, __half, 2, 0)          \
   MRF_KERNEL(piece_float16, float, __half, 0, 8)           \
-  MRF_KERNEL(single_float16, float, __half, 0, 1)          \
+  MRF_KERNEL(single_float16, float, __half, 0, 2)          \
   MRF_KERNEL(pixels_float64, double, double, 1, 0)         \
   MRF_KERNEL(single_float64, double, double, 0, 1)
 #define MRF_WARP_TILE_UNITS(pass, dtype) {pass##_pixels_##dtype, pass##_piece_##dtype, pass##_single_##dtype}
