@@ -192,10 +192,10 @@ def fraction(x: object, function: str, argument: str) -> float:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a look at the values of ``x`` is possible: not under ``torch.func.vmap``, at whatever depth, nor where ``make_fx`` traces,
-    as ``torch.func.linearize`` does."""
-    if torch.compiler.is_compiling():  # which cannot follow what comes here
-        return True
+    """Whether a look at the values of ``x`` is possible: not in compiled code, nor under ``torch.func.vmap``, at whatever depth, nor where
+    ``make_fx`` traces, as ``torch.func.linearize`` does."""
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):

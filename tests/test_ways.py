@@ -279,6 +279,42 @@ def test_func_grad(backend):
         helpers.assert_close(list(pulled), list(torch.autograd.grad(function(*leaves).sum(), leaves)), 1e-12)
 
 
+# ---- the same in compiled code ----
+
+
+def as_it_is(function):
+    return function
+
+
+def compiled(function):
+    return torch.compile(function, backend="eager", fullgraph=True)
+
+
+def tangent_of_duals(function, arguments, tangents):
+    function(*arguments)  # what was compiled for these must not serve dual tensors
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(*map(forward_ad.make_dual, arguments, tangents))).tangent
+
+
+IN_COMPILED_CODE = {
+    "jvp": lambda made, f, x, v: made(lambda *y: jvp(f, y, tuple(v))[1])(*x),
+    "duals": lambda made, f, x, v: tangent_of_duals(made(f), x, v),
+    "grad": lambda made, f, x, v: made(grad(lambda y: f(y, *x[1:]).square().sum()))(x[0]),
+    "vmap": lambda made, f, x, v: made(vmap(lambda y: f(y, *x[1:])))(torch.stack([x[0], v[0]])),
+}
+
+
+@pytest.mark.parametrize("way", IN_COMPILED_CODE)
+def test_transforms_in_compiled_code(way):
+    """A tangent that is lost would be 0, or None, without a word."""
+    for function, arguments in functions("cpu")[1::2]:
+        torch._dynamo.reset()
+        tangents = [torch.randn_like(x) for x in arguments]
+        expected, found = (IN_COMPILED_CODE[way](made, function, arguments, tangents) for made in (as_it_is, compiled))
+        assert expected.norm() > 0
+        helpers.assert_close(found, expected, 1e-12)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_per_sample(backend, masked):
     """Of the parameters of a network, of a loss on its features: ``vmap(grad)`` against a loop."""

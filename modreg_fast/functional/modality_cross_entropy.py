@@ -125,7 +125,8 @@ def modality_sums(
         sums = ModalitySums(*ops.modality_cross_entropy(problem, name))
     except ValueError as error:
         raise ValueError(str(error).replace("modality_cross_entropy", function, 1)) from None
-    if device.type != "cpu" and validate.readable(sums.weights):
+    compiled = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if device.type != "cpu" and (compiled or validate.readable(sums.weights)):
         # To look would be to wait; the kernels make the sums NaN, and the device stops, as in torch.nn.functional.cross_entropy.
         message = f"{function}: target must be a class in [0, {classes}) or ignore_index ({ignore_index}), and weight not NaN"
         torch._assert_async((sums.weights >= 0).all(), message)

@@ -230,7 +230,7 @@ def selected_score(scores: Tensor, index: Tensor | None, mask: Tensor | None, na
         index = validate.tensor(index, name, "index", dtypes=validate.INTEGERS)
         validate.same(index, positions, name, "index", "scores without its classes")
         valid_index = index.long() if mask is None else torch.where(mask, index.long(), 0)
-        if index.is_cpu and index.numel() and not torch.compiler.is_compiling() and validate.readable(valid_index):
+        if index.is_cpu and index.numel() and validate.readable(valid_index):
             low, high = (int(x) for x in valid_index.aminmax())
             if low < 0 or high >= scores.shape[1]:
                 expected = f"in [0, {scores.shape[1]}) where mask does not leave it out"

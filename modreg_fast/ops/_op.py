@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from modreg_fast.backends import implementation
 from modreg_fast.backends.measured import chosen
@@ -32,8 +33,8 @@ class Op:
     - ``modreg_fast::<stem>_backward`` takes the gradients of the differentiable results, the kept results, and the same again. It returns
       the gradients of all tensors of the differentiable inputs. Its own derivative is that of the reference formula.
 
-    Eager calls take a shorter way to the same backend. Under transforms of ``torch.func`` and in forward-mode differentiation the reference
-    computes, which is plain PyTorch."""
+    Eager calls take a shorter way to the same backend. Under transforms of ``torch.func`` and in forward-mode differentiation, compiled or
+    not, the reference computes, which is plain PyTorch: a custom op would lose a tangent without a word."""
 
     def __init__(self, reference: ModuleType) -> None:
         self.reference = reference
@@ -70,7 +71,10 @@ class Op:
         self.custom, self.custom_backward = (getattr(torch.ops.modreg_fast, self.stem + end).default for end in ("", "_backward"))
 
     def __call__(self, problem: Any, backend: str) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+                return self.reference.forward(problem)
+        else:
             tensors, form = flattened(problem)
             if _eager.is_transformed(tensors):
                 return self.reference.forward(problem)
