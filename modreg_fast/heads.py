@@ -155,9 +155,9 @@ class ModalityHeads(nn.Module):
     """A head for all modalities, and one for each that speaks where others are lost.
 
     In training ``heads(features)`` returns ``ModalityLogits(joint, alone)`` for ``ModalityCrossEntropy()(alone, target, joint=joint)``. In
-    evaluation it returns logits: for a sample with all modalities those of the joint head, which is all that runs when every sample has
-    them, or none; for another the logarithm of the mean probability over the heads of the modalities that it has (where it has none of
-    those that are given, over all of these).
+    evaluation it returns logits: for a sample with all modalities, or with none, those of the joint head, which is all that runs where no
+    modality is left out and ``present`` is None; for another the logarithm of the mean probability over the heads of the modalities that
+    it has (where it has none of those that are given, over all of these), in the dtype of the logits.
     A lost modality is left out, not set to zeros, which the joint head would take for an input:
     ``evaluate_missing(model, data, metric, drop=lambda m, x: None)``.
 
@@ -169,7 +169,8 @@ class ModalityHeads(nn.Module):
         channel_dim: dimension of the classes in the logits.
 
     Raises:
-        ValueError, TypeError: heads that are no modules, a function without names, features of other modalities.
+        ValueError, TypeError: heads that are no modules, a function without names, features of other modalities; in evaluation, logits of
+            different shapes or without ``channel_dim``.
 
     Example:
         >>> class Concatenation(torch.nn.Linear):
