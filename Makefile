@@ -96,9 +96,11 @@ $(TOOLS): Makefile
 	$(BIN)/python -m pip install --quiet $(TORCH) $(TRITON) 'setuptools>=77' wheel ninja pybind11 numpy
 	touch $@
 
-# Without build isolation, because an isolated build would download torch once more. A changed source builds again.
+# The native code, in build/, where ninja finds what has not changed since; beside it what else is needed. Without build isolation, because
+# an isolated build would download torch once more.
 $(READY): $(TOOLS) $(SOURCES)
-	MODREG_FAST_BUILD_HARNESS=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' $(TORCH) $(TRITON)
+	MODREG_FAST_BUILD_HARNESS=1 $(BIN)/python setup.py -q build_ext --inplace & build=$$!; \
+	MODREG_FAST_SKIP_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]' $(TORCH) $(TRITON) && wait $$build
 	$(BIN)/modreg-fast info
 	touch $@
 

@@ -33,6 +33,7 @@ FLAGS = "-std=c++17 -O3 -g0 -fPIC -Wall -Wextra -Wno-psabi -Wno-maybe-uninitiali
 SANITIZE = os.environ.get("MODREG_FAST_SANITIZE")
 if SANITIZE:
     FLAGS = f"{FLAGS.replace('-O3 -g0', '-O1 -g1')} -fsanitize={SANITIZE} -fno-omit-frame-pointer"
+HEADERS = "\n  depfile = $out.d\n  deps = gcc"  # of a rule of ninja: the compiler says what it read
 STABLE_ABI = "-DPy_LIMITED_API=0x030A0000 -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY"
 
 
@@ -51,12 +52,12 @@ class Ninja:
 
     def __init__(self, directory: Path, compiler: str) -> None:
         self.directory = directory
-        self.lines = [
-            f"cxx = {compiler}",
-            f"flags = {FLAGS}",
-            "rule compile\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = $cxx -shared {f'-fsanitize={SANITIZE}' if SANITIZE else ''} $in -o $out $extra",
-        ]
+        self.lines = [f"cxx = {compiler}", f"flags = {FLAGS}"]
+        self.rule("compile", "$cxx $flags $extra -MMD -MF $out.d -c $in -o $out", HEADERS)
+        self.rule("link", f"$cxx -shared {f'-fsanitize={SANITIZE}' if SANITIZE else ''} $in -o $out $extra")
+
+    def rule(self, name: str, command: str, headers: str = "") -> None:
+        self.lines.append(f"rule {name}\n  command = {command}\n  description = $out{headers}")
 
     def compile(self, source: str, name: str, extra: str, rule: str = "compile") -> str:
         self.lines.append(f"build {name}.o: {rule} {ROOT / 'csrc' / source}\n  extra = {extra}")
@@ -110,10 +111,8 @@ class Nvcc:
 
 
 def cuda_objects(ninja: Ninja, nvcc: Nvcc, includes: str) -> list[str]:
-    ninja.lines.append(
-        f"rule cuda\n  command = {nvcc.program} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC {nvcc.flags} -MD -MF $out.d -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc"
-    )
+    command = f"{nvcc.program} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC {nvcc.flags} -MD -MF $out.d -c $in -o $out"
+    ninja.rule("cuda", command, HEADERS)
     objects = [
         ninja.compile(f"cuda/{stem}.cu", f"{stem}.cuda", "", "cuda") for stem in (*KERNELS, "softmax_fisher_general", "launch")
     ]
