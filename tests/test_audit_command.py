@@ -182,7 +182,7 @@ def test_a_terminal_without_our_signs(project, monkeypatch, capsys, encoding):
 
 def test_stdout_that_takes_nothing(project):
     """The reader of a pipe has left, or a full disk: the files are written all the same."""
-    command = [sys.executable, "-m", "modreg_fast.cli", *GIVEN, "--html", "page.html"]
+    command = [sys.executable, "-m", "modreg_fast.cli", *GIVEN, "--html", "page.html", "--metric", "mine.check:metric"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True)
