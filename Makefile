@@ -32,7 +32,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 test: lint $(TESTED) $(STUDIED)  ## linters, type checker, and the tests that are not marked slow
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-all: test  ## the same, then the slow tests, one at a time because of their memory
 	$(BIN)/python -m pytest -m slow

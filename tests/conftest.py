@@ -6,7 +6,11 @@ import tempfile
 import warnings
 
 import pytest
-import torch
+
+# Read when torch is loaded: a thread that waits leaves its core to the other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 with warnings.catch_warnings():
     # Without its extension the package says so once; test_backends.py is where that fails.
