@@ -166,6 +166,26 @@ def test_tiles_narrower_than_a_piece(rng):
     np.testing.assert_allclose(forward.information.numpy(), cuda_calls.softmax_fisher(features).information.numpy(), rtol=1e-5)
 
 
+def test_normals_of_the_highest_and_lowest_words(rng):
+    """The logarithm is as exact near 0, where the radius is small, as elsewhere."""
+    source = """#include "philox.h"
+        extern "C" __global__ void normals(const unsigned* words, float* out) {
+          const int i = 2 * threadIdx.x;
+          mrf::cuda::box_muller(words[i], words[i + 1], out[i], out[i + 1]);
+        }"""
+    text = ptx.cuda_to_ptx(source, "sm_90", "-std=c++17", "-I", str(cuda_calls.CSRC / "cuda"))
+    powers = 2 ** np.arange(32)
+    first = np.concatenate([powers - 1, 2**32 - powers, rng.integers(0, 2**32, 64)]).astype(np.uint32)
+    words = np.stack([first, rng.integers(0, 2**32, first.size).astype(np.uint32)], 1)
+    memory = ptx.Memory()
+    out = memory.empty(words.size, np.float32)
+    ptx.run(text, "normals", 1, first.size, [memory.put(words.ravel()), out], memory)
+    uniform = (first.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log(uniform)), np.pi * 2.0**-31 * words[:, 1].view(np.int32).astype(np.float64)
+    expected = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    assert (abs(out.numpy().reshape(-1, 2) - expected) <= 2.0**-20 * radius[:, None]).all()
+
+
 def test_agreeing_and_saturated_modalities(rng):
     memory = ptx.Memory()
     x = rng.standard_normal((1, 32, 64))

@@ -43,9 +43,11 @@ constexpr int kMostScales = 8, kMostArrays = 48, kMostTensors = 14;
 // them, or one or two of 16 bits. Or there are no tiles of warps, but those of a block (tile.h).
 enum class Unit : int { pixels, piece, single, none };
 
-constexpr int most_threads(int64_t accumulator_bytes) { return accumulator_bytes == 4 ? 1024 : 512; }
+// Threads of a block with tiles of its own: few, because they meet at barriers between its stages, and other blocks fill the gaps; more
+// where a pixel or its tile needs them.
+constexpr int kThreads = 64, kMostThreads = 512;
 // Groups of four channels of a pixel that a thread of softmax_fisher keeps in registers, at most: [in float64][backward][with noise].
-constexpr int kMostQuads[2][2][2] = {{{4, 2}, {2, 1}}, {{2, 1}, {1, 1}}};
+constexpr int kMostQuads[2][2][2] = {{{4, 4}, {2, 2}}, {{2, 1}, {1, 1}}};
 
 struct SoftmaxFisher {
   int32_t modalities, scales;          // modalities * scales <= kMostArrays
@@ -145,11 +147,11 @@ inline void plan_tile(Tiling& t, int64_t planes, int64_t accumulator_bytes, int6
                       int64_t limit) {
   const int64_t quads = (t.channels + 3) / 4, fit = std::max<int64_t>(1, kBytesPerThread / (4 * accumulator_bytes * planes));
   int64_t lanes = 1, width = 1;
-  while (lanes < most_threads(accumulator_bytes) && lanes * std::min(fit, quads_of_thread) < quads) lanes *= 2;
+  while (lanes < kMostThreads && lanes * std::min(fit, quads_of_thread) < quads) lanes *= 2;
   set_lanes(t, lanes);
-  const int64_t least = std::max<int64_t>(32 / lanes, 1), sector = pixel_lines ? kSectorBytes / least_bytes : 1;
+  const int64_t least = std::max<int64_t>(32 / lanes, 1), sectors = pixel_lines ? 2 * kSectorBytes / least_bytes : 1;
   const int64_t of_pixel = t.pitch * planes * accumulator_bytes;
-  while (width < t.pixels && (width < std::max(256 / lanes, sector) || 2 * width * of_pixel <= 256 * kBytesPerThread)) width *= 2;
+  while (width < t.pixels && (width < std::max(kThreads / lanes, sectors) || 2 * width * of_pixel <= kThreads * kBytesPerThread)) width *= 2;
   width = std::max(width, least);
   while (width > least && width * of_pixel > limit) width /= 2;
   t.width = int32_t(width);
@@ -163,9 +165,9 @@ inline Launch plan_launch(Tiling* tilings, int count, int64_t batch, int64_t pla
   for (int k = 0; k < count; ++k) {
     const Tiling& t = tilings[k];
     tiles += batch * ((t.pixels + t.width - 1) / t.width);
-    int32_t threads = std::max(256, t.lanes);
+    int32_t threads = std::max(kThreads, t.lanes);
     const int64_t bytes = t.width * t.pitch * planes * accumulator_bytes;
-    while (threads < most_threads(accumulator_bytes) && threads * kBytesPerThread < bytes) threads *= 2;
+    while (threads < kMostThreads && threads * kBytesPerThread < bytes) threads *= 2;
     launch.threads = std::max(launch.threads, std::min(t.width * t.lanes, threads));
   }
   const int64_t warp_rows = launch.threads / 32 * (rows + kTeamRows);
@@ -215,9 +217,9 @@ inline Launch plan_general(SoftmaxFisher& call, bool backward, int64_t accumulat
       pixel_lines |= x.pixel_lines;
     }
     plan_tile(call.tilings[s], planes, accumulator_bytes, least_bytes, pixel_lines, most_quads[backward][noisy(call)], limit - reserve);
-    fits &= call.tilings[s].channels <= 4 * most_quads[true][true] * most_threads(accumulator_bytes);  // also the backward pass
+    fits &= call.tilings[s].channels <= 4 * most_quads[true][true] * kMostThreads;  // also the backward pass
   }
-  Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, most_blocks);
+  Launch launch = plan_launch(call.tilings, call.scales, call.batch, planes, accumulator_bytes, call.modalities + 1, (backward ? 4 : 1) * most_blocks);
   if (launch.shared_bytes > limit || !fits) launch.shared_bytes = -1;
   for (int i = 0; i < call.modalities * call.scales; ++i) {
     plan_copy(call.features[i], call.tilings[i % call.scales], launch.threads);

@@ -17,9 +17,22 @@ __device__ inline uint4 philox4x32(uint4 c, uint2 key) {
   return c;
 }
 
+// The logarithm of a number between 2^-33 and 1: 2^k m with m around 1, and a polynomial of m - 1, whose error of 2^-24 is relative also
+// where the logarithm is near 0. Without the numbers that the library's function has to expect it takes a third of the instructions.
+__device__ inline float logarithm_below_1(float x) {
+  const int bits = __float_as_int(x), k = (bits - 0x3f2aaaab) & 0xff800000;
+  const float m = __int_as_float(bits - k) - 1;
+  float y = -0.130310059f;
+  y = fmaf(y, m, 0.140869141f), y = fmaf(y, m, -0.121483512f), y = fmaf(y, m, 0.139814854f), y = fmaf(y, m, -0.166846126f);
+  y = fmaf(y, m, 0.200120345f), y = fmaf(y, m, -0.249996200f), y = fmaf(y, m, 0.333331972f), y = fmaf(y, m, -0.5f);
+  return fmaf(float(k), kLn2<float> * 0x1p-23f, fmaf(y * m, m, m));
+}
+
 // The angle is taken from -pi to pi, where the fast sine and cosine keep an absolute error of 2^-20.9.
 __device__ inline void box_muller(uint32_t a, uint32_t b, float& first, float& second) {
-  const float radius = sqrtf(-2 * logf(fmaf(float(a), 0x1p-32f, 0x1p-33f))), angle = float(int32_t(b)) * 0x1p-31f;
+  float radius;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(radius) : "f"(-2 * logarithm_below_1(fmaf(float(a), 0x1p-32f, 0x1p-33f))));
+  const float angle = float(int32_t(b)) * 0x1p-31f;
   first = radius * __cosf(angle * 3.14159265358979f);
   second = radius * __sinf(angle * 3.14159265358979f);
 }

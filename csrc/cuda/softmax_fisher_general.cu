@@ -11,13 +11,13 @@
 // adds up; backward reads every feature once and writes every gradient once. Noise is computed, not stored.
 //
 // Work: a block takes tiles of pixels of one sample at one scale, all channels of all present modalities, into shared memory (tile.h);
-// one launch covers all scales. Of its pixel a thread keeps up to 16 channels in registers, 8 in the backward pass: the exponentials of R,
-// those of one modality and draw, and the gradients that add up. So each feature is read from shared memory twice, once for R; gradients
-// replace the features there. A softmax takes the exact maximum, and one exponential for each channel.
+// one launch covers all scales. Of its pixel a thread keeps up to 16 channels in registers, 8 in the backward pass (half of that in
+// float64): the exponentials of R, those of one modality and draw, and the gradients that add up. So each feature is read from shared memory
+// twice, once for R; gradients replace the features there. A softmax takes the exact maximum, and one exponential for each channel.
 //
 // Sizes: call.h. A pixel gets as many threads as its channels need, up to the whole block. A tile has as many pixels as fill 160 bytes of
-// shared memory for each of 256 threads: then 1024 threads fit a multiprocessor of an A100. It has at least a 32-byte sector of every
-// channel, with more threads where that takes more memory. Where it is too large, a tile has fewer pixels, and the rest of each sector comes
+// shared memory for each of 64 threads: then 1024 threads fit a multiprocessor of an A100. It has at least two 32-byte sectors of every
+// channel, with more threads where that takes more memory. Where it is too large, a tile has fewer pixels, and the rest of a sector comes
 // from L2 when the next block asks for it; a single pixel must fit.
 #include "launch.h"
 #include "philox.h"
@@ -250,11 +250,11 @@ __device__ void run(const SoftmaxFisher& call) {
 
 }  // namespace
 
-// At most 64 registers a thread (128 in float64): 1024 of them fit a multiprocessor.
-#define MRF_KERNEL(name, type, backward, noisy)                               \
-  extern "C" __global__ void __launch_bounds__(most_threads(sizeof(type)), 1) \
-      softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {     \
-    run<type, backward, noisy>(call);                                         \
+// At most 64 registers a thread, 96 in the backward pass with noise: 1024 or 640 of them fit a multiprocessor (512 in float64).
+#define MRF_KERNEL(name, type, backward, noisy)                                                             \
+  extern "C" __global__ void __launch_bounds__(sizeof(type) == 8 ? 512 : backward && noisy ? 640 : 1024, 1) \
+      softmax_fisher_##name(const __grid_constant__ SoftmaxFisher call) {                                   \
+    run<type, backward, noisy>(call);                                                                       \
   }
 MRF_KERNEL(forward_float32, float, false, false)
 MRF_KERNEL(forward_noise_float32, float, false, true)
