@@ -68,8 +68,9 @@ def modality_cross_entropy(
     return cross_entropy.forward_launches(problem)[1][0]
 
 
-def check_resources(launch, architecture, least=0.25, spilled=0):
-    """``least``: of the threads that are to fit. ``spilled``: bytes of a thread, at most."""
+def check_resources(launch, architecture, least=0.125, spilled=0):
+    """``least``: of the threads that are to fit; by default eight warps, each with many loads under way. ``spilled``: bytes of a thread,
+    at most."""
     kernel = compile_for(launch, GPUTarget("cuda", architecture, 32))
     found = sass.resources(kernel.asm["cubin"])
     occupancy = found.occupancy(architecture, launch.threads, kernel.metadata.shared)
@@ -77,12 +78,12 @@ def check_resources(launch, architecture, least=0.25, spilled=0):
     return kernel
 
 
-# The rows of fisher._ELEMENTS, in both layouts.
+# The rows of fisher._TILES, in both layouts.
 ROWS = list(itertools.product((False, True), (False, True), (False, True), (2, 4)))
 
 
 @pytest.mark.parametrize("backward, noisy, channels_last, modalities", ROWS)
-def test_no_spills_and_a_quarter_of_the_threads(backward, noisy, channels_last, modalities):
+def test_no_spills_and_an_eighth_of_the_threads(backward, noisy, channels_last, modalities):
     """Where most registers are needed: with masks, on sm_100; channels of a power of two, and others that take more than a warp."""
     for channels in (64, 150):
         launch = softmax_fisher(
@@ -129,9 +130,9 @@ CLASSES = [(2, 2), (19, 1), (19, 2), (25, 2), (25, 4), (40, 2), (32, 4), (53, 2)
 
 @pytest.mark.parametrize("channels, modalities, channels_last", [(25, 4, False), (25, 2, True), (64, 2, False)])
 def test_no_spills_of_modality_cross_entropy(channels, modalities, channels_last):
-    """The backward pass of each way to hold a tile. Eight warps fit at least, each with many loads under way."""
+    """The backward pass of each way to hold a tile."""
     launch = modality_cross_entropy(channels=channels, modalities=modalities, channels_last=channels_last, backward=True)
-    check_resources(launch, 90, 0.125)
+    check_resources(launch, 90)
 
 
 @pytest.mark.slow
@@ -145,8 +146,7 @@ def test_resources_of_all_modality_cross_entropy(architecture, dtype, backward, 
         check_resources(
             modality_cross_entropy(**options, channels_last=channels_last, smoothing=smoothing),
             architecture,
-            0.125,
-            96 * (smoothing > 0),
+            spilled=32 * (smoothing > 0),
         )
 
 
@@ -187,7 +187,7 @@ def test_wide_loads_of_gradient_statistics_and_none_where_rows_are_not_aligned(d
 def check_amd(launch, registers=128):
     """For wavefronts of 64 the same threads are half as many warps. A lane of the processor's units has 512 registers for 8 wavefronts."""
     kernel = compile_for(launch, GPUTarget("hip", "gfx942", 64))
-    assert kernel.metadata.num_warps == launch.threads // 64
+    assert kernel.metadata.num_warps == max(1, launch.threads // 64)
     found = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)\b", kernel.asm["amdgcn"])}
     assert found["vgpr_spill_count"] == found["sgpr_spill_count"] == found["private_segment_fixed_size"] == 0
     assert found["vgpr_count"] + found["agpr_count"] <= registers, found

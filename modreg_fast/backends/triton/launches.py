@@ -64,7 +64,7 @@ class Launch:
         """What Triton's backend of that name (``"cuda"`` or ``"hip"``) is told."""
         limited = backend == "cuda" and not any(shape.wide for shape in self.constants["SHAPES"])
         # Products are rounded together with the sums they go into: said, because versions of Triton have different defaults.
-        options = {"num_warps": self.threads // warp_size, "enable_fp_fusion": True}
+        options = {"num_warps": max(1, self.threads // warp_size), "enable_fp_fusion": True}
         return {**options, "maxnreg": self.registers} if limited else options
 
 
@@ -136,6 +136,12 @@ def vector(tensors: Sequence[Tensor]) -> int:
     row = tensors[0].shape[1 if channels_last(tensors[0]) else 2]
     widest = LOAD_BYTES // max(x.element_size() for x in tensors)
     return math.gcd(widest, row, *(stride for x in tensors for stride in _strides(x)))
+
+
+def held_side_by_side(most: int, block_c: int, vector: int, item: int) -> int:
+    """Of ``block_c`` channels that lie side by side, ``vector`` of them read at once, how many a thread holds: so few that the lanes of a
+    pixel read 32 bytes at once, but eight, or ``most`` where that is less."""
+    return min(most, max(8, block_c * vector * item // SECTOR_BYTES))
 
 
 def strides(tensors: Sequence[Tensor], shape: Shape) -> tuple[tuple[int, int], ...]:

@@ -51,7 +51,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 # side by side. 255 registers hold them without a spill (tests/test_triton_compiled.py); 168 hold a few, and half as many threads more fit.
 _MOST_HELD = {False: 160, True: 128}
 _FEW_HELD = 100
-_THREADS = 64  # a few, as in softmax_fisher: sums over a tile have barriers
+_THREADS = 32  # where they are enough, as in softmax_fisher: sums over a tile have barriers
 
 
 # ---- the target of a tile ----
@@ -380,8 +380,9 @@ def _configuration(xs: list[Tensor], smooth: bool) -> tuple[Shape, int, int]:
         block_c, vector = (block_c, vector) if last else (channels, 1)
         shape = Shape(channels, last, vector, far, wide, block_c, block_p, block_c, block_c, whole=True)
         return shape, _THREADS, 168 if held <= _FEW_HELD else 255
-    elements = 16 if sets <= 5 else 8 if sets <= 9 else 4
-    elements = min(block_c, elements)
+    elements = min(block_c, 32 if sets <= 3 else 16 if sets <= 5 else 8 if sets <= 9 else 4)
+    if last:
+        elements = launches.held_side_by_side(elements, block_c, vector, item)
     needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // elements
     threads = min(launches.MOST_THREADS, max(_THREADS, needed))
     block_p = max(1, min(launches.power_of_two(pixels), threads * elements // block_c))
@@ -389,7 +390,7 @@ def _configuration(xs: list[Tensor], smooth: bool) -> tuple[Shape, int, int]:
     return (
         Shape(channels, last, vector, far, wide, block_c, block_p, elements, run),
         threads,
-        min(128 if modalities <= 2 else 168, 65536 // threads),
+        min(176 if elements == 32 else 168, 65536 // threads),
     )
 
 

@@ -11,7 +11,7 @@ _TURN = tl.constexpr(2.0**-32 * 6.283185307179586)
 @triton.jit
 def fours(SHAPE: tl.constexpr):
     """Numbers of the blocks of four channels of a tile, where the threads need them; threads that share a block compute it each."""
-    if SHAPE.channels_last or SHAPE.held >= 4:
+    if SHAPE.held >= 4:
         return channels(SHAPE, 4)
     else:
         return tl.arange(0, SHAPE.block_c // 4)[None, None, :]
@@ -62,9 +62,9 @@ def standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE: tl.constexpr):
     n2, n3 = _box_muller(w2, w3, SHAPE)
     four = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # (.., pixels, .., c // 2 % 2, c % 2)
     LANES: tl.constexpr = SHAPE.block_c // SHAPE.held
-    if SHAPE.channels_last:
-        return four.reshape(SHAPE.held // SHAPE.run, SHAPE.block_p, LANES * SHAPE.run)
-    elif SHAPE.held >= 4:
-        return four.permute(0, 3, 4, 1, 2).reshape(SHAPE.held, SHAPE.block_p, LANES)
+    if SHAPE.held >= 4:
+        RUNS: tl.constexpr = SHAPE.held // SHAPE.run
+        runs = four.reshape(SHAPE.run // 4, RUNS, SHAPE.block_p, LANES, 2, 2)
+        return runs.permute(0, 4, 5, 1, 2, 3).reshape(SHAPE.held, SHAPE.block_p, LANES)
     else:
         return four.reshape(SHAPE.block_p, LANES, SHAPE.held).permute(2, 0, 1)

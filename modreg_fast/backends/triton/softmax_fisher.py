@@ -44,34 +44,34 @@ _MOST_CHANNELS = 2**16
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR_BELOW = tl.constexpr(-(2.0**126))  # in the place of channels past the last: its exponential is 0, its product with 0 as well
 
-# Elements of a tile per thread, for up to 2, up to 4, and more modalities: as many as 128 registers hold without a spill
-# (tests/test_triton_compiled.py). For each of them a thread holds all features, q, and p, d and log p of one draw, in the backward
-# pass gradients instead of features and the pull on q. The more channels of a pixel a thread has, the fewer sums go between threads.
-# Blocks are small, because the warps of one wait for each other at its barriers: those of eight, which fit at least, fill the gaps.
-_ELEMENTS = {
+# Elements of a tile per thread, and the registers that hold them without a spill (tests/test_triton_compiled.py), for up to 2, up to 4, and
+# more modalities. For each element a thread holds all features, r, and p, d and log p of one draw, in the backward pass gradients instead
+# of features and the pull on q. The more channels of a pixel a thread has, the fewer sums go between threads, and the more elements share
+# what is computed once for a thread. Eight warps, each with all its loads under way, are enough for a multiprocessor.
+_TILES = {
     # (backward, noise)
-    (False, False): (16, 16, 8),
-    (False, True): (16, 8, 8),
-    (True, False): (16, 8, 4),
-    (True, True): (8, 4, 2),
+    (False, False): ((32, 128), (32, 184), (16, 168)),
+    (False, True): ((16, 128), (16, 168), (8, 128)),
+    (True, False): ((32, 255), (16, 255), (8, 184)),
+    (True, True): ((16, 200), (8, 152), (4, 128)),
 }
-_REGISTERS = 128
-_LEAST_THREADS, _MOST_THREADS = 64, 65536 // _REGISTERS
+_REGISTERS = 136  # in the backward pass with channels side by side: half the elements need no more, and twice the warps fit
+_WARP = 32  # threads of a program, where they are enough: it has no barriers
 
 
 @triton.jit
-def _softmax(x, SHAPE: tl.constexpr):
-    """Over the channels: ``x - max x`` and its exponentials."""
+def _top(x, scale, SHAPE: tl.constexpr):
+    """The highest channel of a pixel."""
     top = highest(x)
     if SHAPE.block_c != SHAPE.channels:  # where all channels are -inf, one past the last would be the highest
-        top = tl.where(top > 0.5 * _FAR_BELOW, top, float("nan"))
-    shifted = x - top
-    return shifted, tl.exp2(shifted * _LOG2_E)  # without the care for subnormal results that exp takes
+        top = tl.where(top * scale > 0.5 * _FAR_BELOW, top, float("nan"))
+    return top
 
 
 @triton.jit
 def _read(features, strides, mask, present, sample, p, pixels, SHAPE: tl.constexpr, MODALITIES: tl.constexpr):
-    """A tile of every modality, 0 where it is absent; the reference q; which pixels count; the share of a modality in the reference."""
+    """A tile of every modality, 0 where it is absent; the reference as r = exp(R - max R) and sum_c r, q = r / sum_c r; which pixels
+    count; the share of a modality in the reference."""
     within = inside_rows(p, pixels, SHAPE)
     counts = counting_pixels(mask, sample, p, within, pixels)
     read, xs = (), ()
@@ -89,23 +89,25 @@ def _read(features, strides, mask, present, sample, p, pixels, SHAPE: tl.constex
     for m in tl.static_range(1, MODALITIES):
         total += xs[m]
     share = 1.0 / tl.maximum(number_held, 1.0)
-    shifted, e = _softmax(total * share, SHAPE)
-    return xs, e * (1.0 / over_channels(e)), counts[None, :, None], share
+    scale = share * _LOG2_E  # the rounding of top times scale is that of all channels of a pixel: q is blind to it
+    r = tl.exp2(tl.fma(total, scale, -(_top(total, share, SHAPE) * scale)))
+    return xs, r, over_channels(r), counts[None, :, None], share
 
 
 @triton.jit
-def _draw(x, q, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY: tl.constexpr, SHAPE: tl.constexpr):
-    """One draw of one modality: p, log p up to a number per pixel, d = p - q (without noise q - p), N = sum_c d^2, sum_c q log p,
-    f + eps."""
+def _draw(x, r, r_sum, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY: tl.constexpr, SHAPE: tl.constexpr):
+    """One draw of one modality, with s = sum_c r, so that q need not be held: s p, log p up to a number per pixel, s (p - q) (without
+    noise s (q - p)), sum_c of its square, sum_c r log p, f + eps."""
     y = x
     if NOISY:
         y = x + number(sigma, SHAPE) * standard_normal(seed, sample, p, pixels, tensor, draw, SHAPE)
-    log_p, e = _softmax(y, SHAPE)
-    q_log_p, e_sum = over_channels(q * log_p), over_channels(e)
-    p_draw = e * (1.0 / e_sum)
-    d = p_draw - q if NOISY else q - p_draw
-    f = tl.log(e_sum) - q_log_p  # both terms are at least 0: nothing cancels
-    return p_draw, log_p, d, over_channels(d * d), q_log_p, f + number(eps, SHAPE)
+    log_p = y - _top(y, 1.0, SHAPE)
+    e = tl.exp2(log_p * _LOG2_E)  # without the care for subnormal results that exp takes
+    r_log_p, e_sum = over_channels(r * log_p), over_channels(e)
+    s_p = e * (r_sum * (1.0 / e_sum))
+    d = s_p - r if NOISY else r - s_p
+    f = tl.log(e_sum) - r_log_p * (1.0 / r_sum)  # both terms are at least 0: nothing cancels
+    return s_p, log_p, d, over_channels(d * d), r_log_p, f + number(eps, SHAPE)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -135,14 +137,15 @@ def _forward_kernel(
             SHAPE: tl.constexpr = SHAPES[s]
             sample, p = locate(program, pixels[s], SHAPE)
             mask = None if len(masks) == 0 else masks[s]
-            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, p, pixels[s], SHAPE, MODALITIES)
+            xs, r, r_sum, counts, share = _read(features[s], strides[s], mask, present, sample, p, pixels[s], SHAPE, MODALITIES)
             for m in tl.static_range(MODALITIES):
-                information = tl.full((1, SHAPE.block_p, 1), 0.0, q.dtype)
+                information = tl.zeros_like(r_sum)
                 for draw in range(samples if NOISY[m] else 1):
-                    p_draw, log_p, d, n, q_log_p, f = _draw(
-                        xs[m], q, sigma[m], seed, sample, p, pixels[s], m * SCALES + s, draw, eps, NOISY[m], SHAPE
+                    s_p, log_p, d, n, r_log_p, f = _draw(
+                        xs[m], r, r_sum, sigma[m], seed, sample, p, pixels[s], m * SCALES + s, draw, eps, NOISY[m], SHAPE
                     )
                     information += n / f
+                information *= 1.0 / (r_sum * r_sum)
                 if not NOISY[m]:
                     information *= samples  # every draw is the same
                 total = tl.sum(tl.where(counts & holds(present, sample, m, MODALITIES), information, 0.0))
@@ -180,7 +183,8 @@ def _reduce_kernel(
 @triton.jit
 def _derivatives(
     x,
-    q,
+    r,
+    r_sum,
     weight,
     sigma,
     seed,
@@ -194,21 +198,22 @@ def _derivatives(
     DETACH: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Of one draw: dI/dX; the bracket in dI/dR, and its sum_c q."""
-    p_draw, log_p, d, n, q_log_p, f = _draw(x, q, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY, SHAPE)
+    """Of one draw: dI/dX; the bracket in dI/dR over s = sum_c r, and its sum_c q."""
+    s_p, log_p, d, n, r_log_p, f = _draw(x, r, r_sum, sigma, seed, sample, p, pixels, tensor, draw, eps, NOISY, SHAPE)
     # dI/dX = 2/(f+eps) J(p) d - N/(f+eps)^2 d        dI/dR = J(q) [ -2/(f+eps) d + N/(f+eps)^2 log p ]
-    # J(q) is blind to a number added to all channels, so log p may lack its last term.
-    inverse = 1.0 / f
-    a = 2.0 * weight * inverse
-    b = weight * n * inverse * inverse
-    p_d = over_channels(p_draw * d)
+    # J(q) is blind to a number added to all channels, so log p may lack its last term. From here on p and d stand for s p and s d.
+    inverse, inverse_s = 1.0 / f, 1.0 / r_sum
+    square = inverse_s * inverse_s
+    a = 2.0 * weight * inverse * square
+    b = weight * n * inverse * inverse * square * inverse_s
+    p_d = over_channels(s_p * d)
     if not NOISY:  # d anew: the compiler does not know it with its sign changed, and keeps no d in registers during the sums
-        d, p_d = p_draw - q, -p_d
-    to_x = (a * p_draw - b) * d - (a * p_d) * p_draw
+        d, p_d = s_p - r, -p_d
+    to_x = (a * s_p - b) * d - (a * inverse_s * p_d) * s_p
     if DETACH:
-        return to_x, tl.zeros_like(q), tl.zeros_like(f)
+        return to_x, tl.zeros_like(r), tl.zeros_like(f)
     else:
-        return to_x, b * log_p - a * d, b * q_log_p - a * (p_d - n)  # sum_c q d = sum_c p d - sum_c d^2
+        return to_x, b * log_p - a * d, (b * r_log_p - a * (p_d - n)) * inverse_s  # sum_c q d = sum_c p d - sum_c d^2
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -241,19 +246,20 @@ def _backward_kernel(
             SHAPE: tl.constexpr = SHAPES[s]
             sample, p = locate(program, pixels[s], SHAPE)
             mask = None if len(masks) == 0 else masks[s]
-            xs, q, counts, share = _read(features[s], strides[s], mask, present, sample, p, pixels[s], SHAPE, MODALITIES)
-            terms = (tl.maximum(tl.load(valid + s * batch + sample), 1) * samples).to(q.dtype)
-            owns, pull, q_pull = (), None, None  # the last two: the bracket in dI/dR over all modalities, and its sum_c q
+            xs, r, r_sum, counts, share = _read(features[s], strides[s], mask, present, sample, p, pixels[s], SHAPE, MODALITIES)
+            terms = (tl.maximum(tl.load(valid + s * batch + sample), 1) * samples).to(r.dtype)
+            owns, pull, q_pull = (), None, None  # the last two: the bracket in dI/dR over s of all modalities, and its sum_c q
             for m in tl.static_range(MODALITIES):
-                weight = tl.load(grad + (m * SCALES + s) * batch + sample).to(q.dtype) / terms
+                weight = tl.load(grad + (m * SCALES + s) * batch + sample).to(r.dtype) / terms
                 if not NOISY[m]:
                     weight *= samples  # every draw is the same
                 weight = tl.where(holds(present, sample, m, MODALITIES), weight, 0.0)
-                own, to_r, q_to_r = tl.zeros_like(q), tl.zeros_like(q), tl.full((1, SHAPE.block_p, 1), 0.0, q.dtype)
+                own, to_r, q_to_r = tl.zeros_like(r), tl.zeros_like(r), tl.zeros_like(r_sum)
                 for draw in range(samples if NOISY[m] else 1):
                     more = _derivatives(
                         xs[m],
-                        q,
+                        r,
+                        r_sum,
                         weight,
                         sigma[m],
                         seed,
@@ -274,36 +280,43 @@ def _backward_kernel(
                 pull = to_r if pull is None else pull + to_r
                 q_pull = q_to_r if q_pull is None else q_pull + q_to_r
                 owns = owns + (own,)  # type: ignore[assignment]
-            q_share = q * share
+            common = share * pull - share * q_pull  # type: ignore[operator]
             inside = inside_rows(p, pixels[s], SHAPE)
             for m in tl.static_range(MODALITIES):
-                to_x = owns[m] + q_share * (pull - q_pull)  # type: ignore[operator]
+                to_x = owns[m] + r * common
                 if mask is not None or present is not None:
                     to_x = tl.where(counts & holds(present, sample, m, MODALITIES), to_x, 0.0)
                 store_all(to_x, gradients[s][m], gradient_strides[s], sample, p, inside, SHAPE)
         program -= programs
 
 
-def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) -> tuple[tuple[Shape, ...], int]:
-    """The tile of each scale, for its ``M`` features, and the threads of a program, the same for all scales: enough for all channels of
-    one pixel, or for 32 bytes of every channel, which is what memory delivers at least. A thread holds one pixel."""
-    modalities = len(features[0])
-    size = 0 if modalities <= 2 else 1 if modalities <= 4 else 2
-    tiles, threads = [], _LEAST_THREADS
+def _configuration(features: list[list[Tensor]], noisy: bool, backward: bool) -> tuple[tuple[Shape, ...], int, int]:
+    """The tile of each scale, for its ``M`` features, the threads of a program, the same for all scales, and the registers of each:
+    threads enough for all channels of one pixel, or for 32 bytes of every channel, which is what memory delivers at least. A thread holds
+    one pixel."""
+    size = 0 if len(features[0]) <= 2 else 1 if len(features[0]) <= 4 else 2
+    tiles, threads, registers = [], _WARP, 0
     for xs in features:
         item, last, channels = xs[0].element_size(), launches.channels_last(xs[0]), xs[0].shape[1]
         vector, block_c = launches.vector(xs), launches.power_of_two(max(4 if noisy else 1, channels))
-        held = min(_ELEMENTS[backward, noisy][size], block_c)
+        elements, limit = _TILES[backward, noisy][size]
+        if last and backward:
+            elements, limit = elements // 2, _REGISTERS
+        held = min(elements, block_c)
+        least = min(8, elements // held) * _WARP  # a tile of few channels is no smaller
+        if last:
+            held = launches.held_side_by_side(held, block_c, vector, item)
         needed = block_c * (1 if last else launches.SECTOR_BYTES // item) // held
-        threads = min(_MOST_THREADS, max(threads, needed))
+        threads, registers = max(threads, least, needed), max(registers, limit)
         tiles.append((xs, last, vector, block_c, held))
+    threads = min(threads, launches.power_of_two(65536 // registers + 1) // 2)
     shapes = []
     for xs, last, vector, block_c, held in tiles:
         channels, pixels, wide = xs[0].shape[1], xs[0].shape[2], xs[0].dtype == torch.float64
         block_p = max(1, min(launches.power_of_two(pixels), threads * held // block_c))
         run = min(held, max(vector, 4 if noisy else 1)) if last else held
         shapes.append(Shape(channels, last, vector, launches.far(xs), wide, block_c, block_p, held, run))
-    return tuple(shapes), threads
+    return tuple(shapes), threads, registers
 
 
 class _Plan(NamedTuple):
@@ -312,6 +325,7 @@ class _Plan(NamedTuple):
     in_place: bool  # the features are read where they are, else copied
     shapes: tuple[Shape, ...]
     threads: int
+    registers: int  # of each
     programs: int
     strides: tuple[Any, ...]
     gradient_strides: tuple[Any, ...]
@@ -324,12 +338,13 @@ def _plan(features: list[Tensor], scales: int, noisy: bool, backward: bool) -> _
     if channels > _MOST_CHANNELS:
         raise ValueError(f"softmax_fisher: backend 'triton' takes at most {_MOST_CHANNELS} channels, got {channels}")
     by_scale = _laid_out(features, scales)
-    shapes, threads = _configuration(by_scale, noisy, backward)
+    shapes, threads, registers = _configuration(by_scale, noisy, backward)
     gradients = [empty_gradient(xs[0]) for xs in by_scale] if backward else []
     return _Plan(
         all(a is b for s, xs in enumerate(by_scale) for a, b in zip(xs, features[s::scales], strict=True)),
         shapes,
         threads,
+        registers,
         sum(shape.programs(xs[0]) for shape, xs in zip(shapes, by_scale, strict=True)),
         tuple(launches.strides(xs, shape) for xs, shape in zip(by_scale, shapes, strict=True)),
         # Dense tensors of one shape and layout: one pair of strides per scale.
@@ -375,7 +390,7 @@ def forward_launches(problem: Problem) -> tuple[Result, list[Launch]]:
     reduced = {"SHAPES": plan.shapes, "MODALITIES": modalities, "BLOCK": 1024}
     return result, [
         Launch(
-            _forward_kernel, device, plan.programs, plan.threads, (*arguments, partial, partial_counts), constants, _REGISTERS
+            _forward_kernel, device, plan.programs, plan.threads, (*arguments, partial, partial_counts), constants, plan.registers
         ),
         Launch(_reduce_kernel, device, result.counts.numel(), 256, sums, reduced),
     ]
@@ -396,7 +411,7 @@ def backward_launches(problem: Problem, result: Result, upstream: Result) -> tup
             plan.threads,
             (*arguments, *results),
             constants,
-            _REGISTERS,
+            plan.registers,
         )
     ]
 

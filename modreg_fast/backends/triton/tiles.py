@@ -82,19 +82,14 @@ def write(x, tensor, strides, sample, c, p, inside, SHAPE: tl.constexpr):
 
 @triton.jit
 def channels(SHAPE: tl.constexpr, DIVISOR: tl.constexpr = 1):
-    """The channels of a tile of all of them, or the groups of ``DIVISOR`` neighbours, in its three dimensions::
+    """The channels of a tile of all of them, or the groups of ``DIVISOR`` neighbours, in its three dimensions (held, pixels, lanes).
 
-        channels side by side    (runs, pixels, neighbours)    run r holds the neighbours from r times their number on
-        pixels side by side      (held, pixels, lanes)         a lane holds neighbours
-
-    A thread holds all of the first dimension, and of the neighbours of a run those that it reads at once."""
+    A thread holds all of the first dimension: one or more runs of neighbours, the first of each run, then the second of each and so on."""
     HELD: tl.constexpr = SHAPE.held // DIVISOR
+    RUN: tl.constexpr = SHAPE.run // DIVISOR
     LANES: tl.constexpr = SHAPE.block_c // SHAPE.held
-    if SHAPE.channels_last:
-        WIDTH: tl.constexpr = LANES * SHAPE.run // DIVISOR
-        return tl.arange(0, SHAPE.held // SHAPE.run)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    else:
-        return tl.arange(0, LANES)[None, None, :] * HELD + tl.arange(0, HELD)[:, None, None]
+    h, lane = tl.arange(0, HELD)[:, None, None], tl.arange(0, LANES)[None, None, :]
+    return h % (HELD // RUN) * (LANES * RUN) + lane * RUN + h // (HELD // RUN)
 
 
 @triton.jit
@@ -147,7 +142,7 @@ def load_all(tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
             for r in tl.static_range(len(parts) // 2):
                 joined = joined + (_interleaved(parts[r], parts[r + len(parts) // 2]),)  # type: ignore[assignment]
             parts = joined
-        return parts[0].permute(2, 0, 1)  # type: ignore[misc]
+        return parts[0].reshape(p.shape[0], SHAPE.block_c // SHAPE.held, SHAPE.held).permute(2, 0, 1)  # type: ignore[misc]
     else:
         c = channels(SHAPE)
         at = pointers(tensor, strides, sample, c, p[None, :, None], SHAPE)
@@ -160,7 +155,7 @@ def store_all(x, tensor, strides, sample, p, inside, SHAPE: tl.constexpr):
     x = narrowed(x, tensor)
     if SHAPE.channels_last:
         RUNS: tl.constexpr = SHAPE.held // SHAPE.run
-        parts = (x.permute(1, 2, 0),)
+        parts = (x.permute(1, 2, 0).reshape(p.shape[0], SHAPE.block_c // RUNS, RUNS),)
         for _ in tl.static_range(RUNS.bit_length() - 1):
             firsts, seconds = (), ()
             for r in tl.static_range(len(parts)):
