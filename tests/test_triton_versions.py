@@ -54,7 +54,10 @@ def test_kernels_of_a_version(compiled, version):
         if "pixels" in case and "gradient_statistics" in case:
             continue  # loops, which versions unroll more or less
         first = compiled[COMPARED][case]
-        assert row["each"] <= 1.15 * first["each"], (case, row, first)
+        # 3.4 exchanges numbers of 16 bits one by one, later versions 16 bytes at once, transposed on the way (ldmatrix, stmatrix): 256
+        # accesses a thread in place of 32 for the backward pass of 25 channels. The arithmetic is the same.
+        most = 1.2 if version == "3.4.0" and "bfloat16 pixels" in case else 1.15
+        assert row["each"] <= most * first["each"], (case, row, first)
         if "softmax_fisher" in case and "channels" in case:
             assert row["barriers"] <= first["barriers"] + 2, (case, row, first)
 
