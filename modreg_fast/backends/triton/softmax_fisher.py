@@ -280,7 +280,7 @@ def _backward_kernel(
                 pull = to_r if pull is None else pull + to_r
                 q_pull = q_to_r if q_pull is None else q_pull + q_to_r
                 owns = owns + (own,)  # type: ignore[assignment]
-            common = share * pull - share * q_pull  # type: ignore[operator]
+            common = share * pull - share * q_pull
             inside = inside_rows(p, pixels[s], SHAPE)
             for m in tl.static_range(MODALITIES):
                 to_x = owns[m] + r * common
