@@ -1,8 +1,9 @@
 // Lets the extension load with glibc 2.28, whatever newer one it is linked with: the wheel's tag, manylinux_2_28, is torch's own.
 //
 // glibc 2.34 moved pthreads, dl and rt into libc.so under a new symbol version, which the linker binds what refers to them to. The old
-// versions are still there and mean the same. What refers to the names below (the static CUDA runtime) finds the definitions here, which
-// are local to the extension and jump to the old version.
+// versions are still there and mean the same. So did glibc 2.29 with functions of libm, which no longer call a handler of errors. What
+// refers to the names below (the static CUDA runtime; log: module.cpp) finds the definitions here, which are local to the extension and
+// jump to the old version.
 
 #include <cstdlib>  // defines __GLIBC__
 
@@ -21,6 +22,7 @@ OLD(dlmopen, "2.3.4")
 OLD(dlopen, "2.2.5")
 OLD(dlsym, "2.2.5")
 OLD(dlvsym, "2.2.5")
+OLD(log, "2.2.5")
 OLD(pthread_condattr_setpshared, "2.2.5")
 OLD(pthread_create, "2.2.5")
 OLD(pthread_detach, "2.2.5")

@@ -3,6 +3,7 @@
 The slow tests take `dist/`, which `make wheel` fills, or build a wheel like it; `make test-wheel` runs them. They take minutes, and
 gigabytes for a while."""
 
+import importlib
 import json
 import os
 import re
@@ -140,6 +141,14 @@ def test_the_archives_hold_the_sources_and_nothing_that_lies_about(tmp_path):
 
 
 # ---- the wheel ----
+
+
+def test_the_extension_loads_with_glibc_2_28():
+    """The wheel's tag says so, on whatever system it is built: see glibc.cpp."""
+    if not mrf.backends()["cpu"].available:
+        pytest.skip("there is no native extension")
+    found = re.findall(rb"GLIBC_2\.(\d+)", Path(importlib.import_module("modreg_fast._native").__file__).read_bytes())
+    assert max(map(int, found), default=0) <= 28
 
 
 @pytest.fixture(scope="module")
