@@ -28,6 +28,7 @@ CORE = [
     "conftest",
     "helpers",
     "oracle",
+    "shared",
     "test_softmax_fisher",
     "test_functional",
     "test_losses",
